@@ -1,0 +1,1 @@
+"""Adversarial attacks: what an attacker adds to an image."""

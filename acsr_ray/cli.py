@@ -1,0 +1,59 @@
+"""The console script `acsr-ray JOB ...` and the entry point shared by `jobs/*.py`: the same functions."""
+
+import importlib
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from acsr_ray.artifacts import ArtifactError
+from acsr_ray.config import JOBS, JobSettings, did_you_mean, parse_job
+from acsr_ray.corpus.sources import CorpusError
+
+# job -> (module, settings class, function); imported only when the job runs, so --help stays quick.
+ENTRY_POINTS: Mapping[str, tuple[str, str, str]] = {
+    "train_baseline": ("acsr_ray.training.baseline", "TrainBaselineSettings", "train_baseline"),
+    "learn_semantics": (
+        "acsr_ray.distributed.semantics",
+        "LearnSemanticsSettings",
+        "learn_semantics",
+    ),
+    "train_robust": ("acsr_ray.training.robust", "TrainRobustSettings", "train_robust"),
+    "build_bundle": ("acsr_ray.distributed.bundling", "BuildBundleSettings", "build_bundle"),
+    "purify_corpus": ("acsr_ray.demo.purify_or_demo", "PurifyCorpusSettings", "purify_or_demo"),
+}
+
+
+def run_job(job: str, args: Sequence[str] | None = None) -> None:
+    """Parse one job's settings, run it and print a closing summary; exits 2 on settings that cannot work."""
+    module_name, settings_name, function_name = ENTRY_POINTS[job]
+    module = importlib.import_module(module_name)
+    settings_type: type[JobSettings] = getattr(module, settings_name)
+    function: Callable[[JobSettings], Mapping[str, Any]] = getattr(module, function_name)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    settings = parse_job(settings_type, job, args)
+    started = time.perf_counter()
+    try:
+        summary = function(settings)
+    except (CorpusError, ArtifactError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    print(f"\n{job}: done in {time.perf_counter() - started:.1f} s")
+    for key, value in summary.items():
+        print(f"  {key:20} {value if isinstance(value, str) else json.dumps(value)}")
+
+
+def main() -> None:
+    """Run `acsr-ray JOB OPTIONS`; job names take dashes or underscores."""
+    names = [job.replace("_", "-") for job in JOBS]
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print("usage: acsr-ray JOB [OPTIONS]\n\njobs:", *names, sep="\n  ")
+        print("\n`acsr-ray JOB --help` explains every option.")
+        return
+    job = sys.argv[1].replace("-", "_")
+    if job not in JOBS:
+        print(f"error: unknown job {sys.argv[1]!r}{did_you_mean(sys.argv[1], names)}")
+        raise SystemExit(2)
+    run_job(job, sys.argv[2:])

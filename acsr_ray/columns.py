@@ -1,0 +1,43 @@
+"""Names of Parquet and Ray columns, statuses and reasons: the vocabulary shared by all stages.
+
+Columns that start with `acsr_` appear in purified shards; those that start with `_` only travel
+between the stages of the pipeline.
+"""
+
+import pyarrow as pa
+
+IMAGE = "image"
+LABEL = "label"
+
+STATUS = "acsr_status"
+REASON = "acsr_reason"
+CLASS = "acsr_class"
+CLUSTER = "acsr_cluster"
+DISTANCE = "acsr_distance"
+RESIDUAL = "acsr_residual"
+ORIGINAL = "acsr_original"
+PREFIX = "acsr_"
+
+PURIFIED = "purified"
+PASSED_THROUGH = "passed_through"
+QUARANTINED = "quarantined"
+STATUSES = (PURIFIED, PASSED_THROUGH, QUARANTINED)
+
+OUTCOME = pa.schema(
+    [
+        (STATUS, pa.string()),
+        (REASON, pa.string()),
+        (CLASS, pa.int32()),
+        (CLUSTER, pa.int32()),
+        (DISTANCE, pa.float32()),
+        (RESIDUAL, pa.float32()),
+    ]
+)
+"""What purification appends to every row; the last four are null when the row is quarantined."""
+
+UNIT = "_unit"
+PIXELS = "_pixels"
+HEIGHT = "_height"
+WIDTH = "_width"
+LATENT = "_latent"
+TRAVELLING = (UNIT, PIXELS, HEIGHT, WIDTH, LATENT)

@@ -1,0 +1,149 @@
+"""Typed, frozen settings: one pydantic model per job, read from a YAML section and overridden by flags.
+
+A settings file has one section per job, named like the job (`train_baseline:`, `purify_corpus:`), so one
+file describes a whole run. Flags given on the command line win over the file. An unknown key, in the
+file or on the command line, is an error that suggests the nearest known one.
+"""
+
+import difflib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar, get_args
+
+import tyro
+import yaml
+from pydantic import BaseModel, ConfigDict
+
+Device = Literal["auto", "cpu", "cuda"]
+
+JOBS = ("train_baseline", "learn_semantics", "train_robust", "build_bundle", "purify_corpus")
+"""Names of the jobs, which are the sections a settings file may have, in the order they run."""
+
+
+class Settings(BaseModel):
+    """Base of every settings object: frozen, unknown keys refused, field docstrings kept as help."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class JobSettings(Settings):
+    """Base of every job's settings: adds the settings file."""
+
+    config: Path | None = None
+    """YAML file with one section per job; flags given on the command line override it."""
+
+
+class ConfigError(ValueError):
+    """A settings file or flag that cannot be used; the message names the key."""
+
+
+JobT = TypeVar("JobT", bound=JobSettings)
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """Return `", did you mean 'x'?"` for the nearest known name, or the list of known names."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+
+
+def parse_job(job: type[JobT], section: str, args: Sequence[str] | None = None) -> JobT:
+    """Read a job's settings from its YAML section and the command line; exit 2 on a bad one.
+
+    Args:
+        job: the job's settings model; its docstring is the description shown by `--help`.
+        section: name of the job's section in the settings file.
+        args: command line without the program name; `sys.argv[1:]` when omitted.
+    """
+    given = list(sys.argv[1:] if args is None else args)
+    try:
+        _check_flags(job, given)
+        path = _config_path(given)
+        from_file = _flags_of(job, load_section(path, section)) if path else []
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    return tyro.cli(job, args=[*from_file, *given], prog=f"{section}.py")
+
+
+def load_section(path: Path, section: str) -> dict[str, Any]:
+    """Return one job's section of a YAML settings file; {} when the file has none for this job."""
+    if not path.is_file():
+        raise ConfigError(f"settings file {path} does not exist")
+    try:
+        content = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if not isinstance(content, dict) or not all(isinstance(v, dict) for v in content.values()):
+        raise ConfigError(f"{path} must hold one mapping per job, such as `{section}:`")
+    for name in content:
+        if name not in JOBS:
+            raise ConfigError(f"{path}: unknown section {name!r}{did_you_mean(name, list(JOBS))}")
+    return dict(content.get(section, {}))
+
+
+def _config_path(args: Sequence[str]) -> Path | None:
+    for position, token in enumerate(args):
+        if token == "--config" and position + 1 < len(args):
+            return Path(args[position + 1])
+        if token.startswith("--config="):
+            return Path(token.split("=", 1)[1])
+    return None
+
+
+def _field_settings(annotation: Any) -> type[Settings] | None:  # noqa: ANN401
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, Settings):
+            return candidate
+    return None
+
+
+def _flag_names(model: type[Settings], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        nested = _field_settings(field.annotation)
+        if nested:
+            yield from _flag_names(nested, f"{prefix}{name}.")
+            continue
+        yield f"--{prefix}{name}".replace("_", "-")
+        if field.annotation is bool:
+            yield f"--{prefix}no-{name}".replace("_", "-")
+
+
+def _check_flags(job: type[JobSettings], args: Sequence[str]) -> None:
+    known = [*_flag_names(job), "--help"]
+    for token in args:
+        flag = token.split("=", 1)[0].replace("_", "-")
+        if flag.startswith("--") and flag not in known:
+            raise ConfigError(f"unknown option {flag}{did_you_mean(flag, known)}")
+
+
+def _flags_of(model: type[Settings], values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    flags: list[str] = []
+    for key, value in values.items():
+        if key not in model.model_fields:
+            known = list(model.model_fields)
+            raise ConfigError(f"unknown key {prefix + key!r}{did_you_mean(key, known)}")
+        nested = _field_settings(model.model_fields[key].annotation)
+        name = f"--{prefix}{key}".replace("_", "-")
+        if nested and isinstance(value, dict):
+            flags += _flags_of(nested, value, f"{prefix}{key}.")
+        elif isinstance(value, bool):
+            flags.append(name if value else f"--{prefix}no-{key}".replace("_", "-"))
+        elif isinstance(value, list):
+            flags += [name, *map(str, value)]
+        else:
+            flags += [name, str(value)]
+    return flags
+
+
+class Described(Settings):
+    """Marker for settings that are written into manifests."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return the settings as plain JSON values."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def from_description(cls, description: Mapping[str, Any]) -> Self:
+        """Rebuild the settings from a manifest."""
+        return cls.model_validate(description)

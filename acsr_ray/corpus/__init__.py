@@ -1,0 +1,1 @@
+"""Images on disk: finding shards, planning units, safe decoding, publishing units."""

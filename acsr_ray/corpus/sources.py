@@ -1,0 +1,128 @@
+"""What a corpus is made of: Parquet shards or an image folder, found behind one URI.
+
+Anything fsspec can list and open is a source. A Parquet corpus is one file or a folder of them; an image
+folder's first-level sub-folders, where it has any, are the class names.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import fsspec
+import pyarrow.parquet as pq
+from fsspec.core import url_to_fs
+
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2", ".avif"}
+)
+"""Files of a folder that are rows. A listed format that the decoder refuses is quarantined, not skipped."""
+
+
+class CorpusError(ValueError):
+    """A corpus that cannot be read as asked; the message names the path and what is wrong."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One Parquet file of a corpus."""
+
+    uri: str
+    """Absolute, opened by fsspec on any node."""
+    relative: str
+    """Path below the corpus root without suffix; names the output."""
+    version: str
+    """Size and modification time (or etag): the fast key that tells whether the content may have changed."""
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """One file of an image folder."""
+
+    uri: str
+    path: str
+    """Relative to the folder, with forward slashes."""
+    version: str
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """A folder of images, sorted by path; `class_names` is empty when there are no sub-folders."""
+
+    name: str
+    files: tuple[ImageFile, ...]
+    class_names: tuple[str, ...]
+    num_skipped: int
+    """Files without an image suffix, which are not rows."""
+
+    def label(self, file: ImageFile) -> int | None:
+        """Return the index of the file's class sub-folder, None for a file beside the sub-folders."""
+        parts = PurePosixPath(file.path).parts
+        return self.class_names.index(parts[0]) if len(parts) > 1 else None
+
+
+def absolute_uri(location: str) -> str:
+    """Return a URI that means the same on every node: local paths become absolute."""
+    return location if "://" in location else str(Path(location).expanduser().resolve())
+
+
+def find_source(location: str) -> list[Shard] | ImageFolder:
+    """List a corpus.
+
+    Args:
+        location: path or URI of a Parquet file, a folder of Parquet files, or a folder of images.
+
+    Raises:
+        CorpusError: nothing there, or neither Parquet nor images.
+    """
+    root_uri = absolute_uri(location)
+    fs, root = url_to_fs(root_uri)
+    if not fs.exists(root):
+        raise CorpusError(f"input {root_uri} does not exist")
+    if fs.isfile(root):
+        if not root.endswith(".parquet"):
+            raise CorpusError(f"input {root_uri} is neither a .parquet file nor a folder")
+        return [Shard(fs.unstrip_protocol(root), PurePosixPath(root).stem, _version(fs.info(root)))]
+    found = fs.find(root, detail=True)
+    visible = {
+        PurePosixPath(path).relative_to(PurePosixPath(root)): info for path, info in found.items()
+    }
+    files = {
+        relative: info
+        for relative, info in sorted(visible.items(), key=lambda item: str(item[0]))
+        if not any(part.startswith((".", "_")) for part in relative.parts)
+    }
+    shards = [
+        Shard(
+            fs.unstrip_protocol(info["name"]), str(relative.with_suffix("")), _version(info)
+        )
+        for relative, info in files.items()
+        if relative.suffix == ".parquet"
+    ]
+    if shards:
+        return shards
+    return _image_folder(fs, PurePosixPath(root).name, root_uri, files)
+
+
+def _image_folder(
+    fs: fsspec.AbstractFileSystem, name: str, uri: str, files: dict[PurePosixPath, dict[str, Any]]
+) -> ImageFolder:
+    images = tuple(
+        ImageFile(fs.unstrip_protocol(info["name"]), str(relative), _version(info))
+        for relative, info in files.items()
+        if relative.suffix.lower() in IMAGE_SUFFIXES
+    )
+    if not images:
+        raise CorpusError(f"input {uri} holds neither Parquet shards nor images")
+    parents = (PurePosixPath(image.path).parts for image in images)
+    class_names = tuple(sorted({parts[0] for parts in parents if len(parts) > 1}))
+    return ImageFolder(name, images, class_names, len(files) - len(images))
+
+
+def _version(info: dict[str, Any]) -> str:
+    stamp = info.get("ETag") or info.get("mtime") or info.get("LastModified") or ""
+    return f"{info['size']}-{stamp}"
+
+
+def open_parquet(uri: str) -> pq.ParquetFile:
+    """Open a Parquet file for reading; the caller closes it."""
+    return pq.ParquetFile(fsspec.open(uri, "rb").open())

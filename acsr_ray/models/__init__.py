@@ -1,0 +1,1 @@
+"""Classifiers: the WideResNet that gives latents, and the small target the demo attacks."""

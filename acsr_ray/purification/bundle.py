@@ -1,0 +1,149 @@
+"""The bundle: encoder, Gaussians and dictionaries that purification needs, as one verified directory.
+
+Layout: `manifest.json` (settings, class names, digests), `encoder.safetensors`, `clusters.safetensors`
+(whitening packed as its lower triangle), `dictionaries.safetensors`. Shapes: K clusters, M atoms, C = 3
+channels, h x w support, L latent length.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from acsr_ray.artifacts import (
+    ArtifactError,
+    artifact_digest,
+    begin_artifact,
+    finish_artifact,
+    load_artifact,
+    load_tensors,
+    save_tensors,
+)
+from acsr_ray.clustering.gaussians import Gaussians
+from acsr_ray.clustering.selection import SelectionRule
+from acsr_ray.config import Described
+from acsr_ray.models.classifier import EncoderConfig
+from acsr_ray.sparse.cbpdn import CbpdnConfig
+from acsr_ray.sparse.tikhonov import TikhonovConfig
+
+DEFAULT_BUNDLE = "cifar10-small"
+ENCODER = "encoder.safetensors"
+CLUSTERS = "clusters.safetensors"
+DICTIONARIES = "dictionaries.safetensors"
+
+
+class BundleConfig(Described):
+    """Every setting that decides the pixels a bundle produces."""
+
+    name: str
+    """What people call it."""
+    class_names: tuple[str, ...] = Field(min_length=1)
+    """Names of the classes, in the order of their ids."""
+    encoder: EncoderConfig
+    """Architecture and input of the robust encoder."""
+    selection: SelectionRule = "mahalanobis"
+    """How the cluster is chosen."""
+    tikhonov: TikhonovConfig = TikhonovConfig()
+    """Split into low and high band."""
+    cbpdn: CbpdnConfig = CbpdnConfig()
+    """Sparse coding of the high band."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Everything purification needs; `atoms` is (K, M, 3, h, w), one dictionary per Gaussian."""
+
+    config: BundleConfig
+    encoder: Mapping[str, Tensor]
+    gaussians: Gaussians
+    atoms: Tensor
+
+    def __post_init__(self) -> None:
+        count, latent = self.gaussians.mean.shape
+        if self.atoms.ndim != 5 or len(self.atoms) != count or self.atoms.shape[2] != 3:
+            raise ArtifactError(
+                f"dictionaries must be ({count}, M, 3, h, w), got {tuple(self.atoms.shape)}"
+            )
+        if self.gaussians.whitening.shape != (count, latent, latent):
+            raise ArtifactError(f"whitening must be ({count}, {latent}, {latent})")
+
+
+def save_bundle(directory: Path, bundle: Bundle, content: Mapping[str, Any]) -> None:
+    """Write a bundle.
+
+    Args:
+        directory: where; an older bundle there is withdrawn first.
+        bundle: what to write.
+        content: provenance for the manifest (training data digest, metrics).
+    """
+    begin_artifact(directory)
+    save_tensors(directory / ENCODER, bundle.encoder)
+    gaussians = bundle.gaussians.to("cpu", torch.float32)
+    rows, columns = _triangle(gaussians.mean.shape[1])
+    clusters = {
+        "class_id": gaussians.class_id,
+        "cluster_id": gaussians.cluster_id,
+        "count": gaussians.count,
+        "mean": gaussians.mean,
+        "whitening": gaussians.whitening[:, rows, columns],
+        "log_det": gaussians.log_det,
+    }
+    save_tensors(directory / CLUSTERS, clusters)
+    save_tensors(directory / DICTIONARIES, {"atoms": bundle.atoms.float()})
+    manifest = {"bundle": bundle.config.describe(), **content}
+    finish_artifact(directory, "bundle", [ENCODER, CLUSTERS, DICTIONARIES], manifest)
+
+
+def load_bundle(location: str | Path) -> Bundle:
+    """Load a bundle by directory or by the name of one that ships with the package.
+
+    Raises:
+        ArtifactError: no such bundle, or its files do not match its manifest.
+    """
+    directory = find_bundle(location)
+    manifest = load_artifact(directory, "bundle")
+    config = BundleConfig.from_description(manifest["bundle"])
+    clusters = load_tensors(directory / CLUSTERS)
+    count, latent = clusters["mean"].shape
+    whitening = torch.zeros(count, latent, latent)
+    rows, columns = _triangle(latent)
+    whitening[:, rows, columns] = clusters["whitening"].float()
+    gaussians = Gaussians(
+        clusters["class_id"],
+        clusters["cluster_id"],
+        clusters["count"],
+        clusters["mean"].float(),
+        whitening,
+        clusters["log_det"].float(),
+    )
+    atoms = load_tensors(directory / DICTIONARIES)["atoms"].float()
+    return Bundle(config, load_tensors(directory / ENCODER), gaussians, atoms)
+
+
+def find_bundle(location: str | Path) -> Path:
+    """Return the directory of a bundle given by path or by the name of a packaged one."""
+    path = Path(location)
+    if path.is_dir():
+        return path.resolve()
+    packaged = Path(str(files("acsr_ray") / "bundles"))
+    names = sorted(entry.parent.name for entry in packaged.glob("*/manifest.json"))
+    if str(location) in names:
+        return packaged / str(location)
+    raise ArtifactError(
+        f"no bundle {str(location)!r}: not a directory, and packaged are {', '.join(names) or 'none'}"
+    )
+
+
+def bundle_digest(location: str | Path) -> str:
+    """Return the digest that a run records for its bundle."""
+    return artifact_digest(find_bundle(location))
+
+
+def _triangle(size: int) -> tuple[Tensor, Tensor]:
+    rows, columns = torch.tril_indices(size, size)
+    return rows, columns

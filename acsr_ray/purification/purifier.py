@@ -1,0 +1,172 @@
+"""Stage iii of ACSR in plain torch: images in, purified images out (Algorithm 1, Eqs. 6 and 8).
+
+Tikhonov split, choice of the nearest cluster by the robust encoder's latent, CBPDN of the high band with
+that cluster's dictionary, sum, clip. Everything is purified; no image is judged. The result for an image
+does not depend on the other images of a call: the encoder and the solver always see micro-batches of a
+fixed shape, filled up with zeros.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from acsr_ray.clustering.gaussians import Gaussians
+from acsr_ray.clustering.selection import Selection, select_cluster
+from acsr_ray.models.classifier import ENCODER_MICRO_BATCH, encode, pad_batch, restore_encoder
+from acsr_ray.purification.bundle import DEFAULT_BUNDLE, Bundle, load_bundle
+from acsr_ray.purification.tiles import map_tiles
+from acsr_ray.sparse.cbpdn import Cbpdn
+from acsr_ray.sparse.tikhonov import tikhonov_split
+
+SOLVER_MICRO_BATCH = 8
+"""Images per solver call up to `SMALL_PIXELS`; larger images go one by one. Fixed, see the module."""
+SMALL_PIXELS = 64 * 64
+
+
+@dataclass(frozen=True)
+class Purified:
+    """Outcome of a batch of N images of one size.
+
+    `images` (N, 3, H, W) in [0, 1]; `class_id`, `cluster_id` (N,) int32 of the chosen cluster, `distance`
+    (N,) its Mahalanobis distance, `residual` (N,) the relative l2 change, `solved` (N,) False where the
+    solver gave no finite result and the low band stands alone.
+    """
+
+    images: Tensor
+    class_id: Tensor
+    cluster_id: Tensor
+    distance: Tensor
+    residual: Tensor
+    solved: Tensor
+
+
+class Purifier(nn.Module):
+    """Purify images with a bundle; differentiable in the images, so it can be attacked as a whole.
+
+    Args:
+        bundle: encoder, Gaussians and dictionaries.
+        device: where to compute; images may come from anywhere.
+    """
+
+    def __init__(self, bundle: Bundle, device: str = "cpu") -> None:
+        super().__init__()
+        self.config = bundle.config
+        self.device = torch.device(device)
+        self.encoder = restore_encoder(bundle.config.encoder, bundle.encoder, device)
+        # Distances are summed in float64, so that a tie in float32 cannot fall either way.
+        self.gaussians: Gaussians = bundle.gaussians.to(device, torch.float64)
+        atoms = bundle.atoms.to(device)
+        self.solvers = [Cbpdn(dictionary, bundle.config.cbpdn) for dictionary in atoms]
+
+    @classmethod
+    def load(cls, bundle: str | Path = DEFAULT_BUNDLE, device: str = "cpu") -> Self:
+        """Load a bundle by directory or packaged name; `ArtifactError` when it is absent or changed."""
+        return cls(load_bundle(bundle), device)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return purified images; see `purify` for the contract."""
+        return self.purify(images).images
+
+    def purify(self, images: Tensor) -> Purified:
+        """Purify a batch of images of one size.
+
+        Args:
+            images: (N, 3, H, W) floating point in [0, 1], any size.
+
+        Returns:
+            The outcome, float32, on the purifier's device.
+
+        Raises:
+            ValueError: wrong shape, dtype or range, or values that are not finite.
+        """
+        check_images(images)
+        images = images.to(self.device, torch.float32)
+        selection = self.select(self.latents(images))
+        return self.reconstruct(images, selection)
+
+    def latents(self, images: Tensor) -> Tensor:
+        """Return R_rob(x), (N, L), of images (N, 3, H, W) resized to the encoder's input."""
+        size = self.config.encoder.image_size
+        if images.shape[-2:] != (size, size):
+            resized = [
+                F.interpolate(image[None], (size, size), mode="bilinear", antialias=True)
+                for image in images
+            ]
+            images = torch.cat(resized) if resized else images.new_zeros((0, 3, size, size))
+        return encode(self.encoder, images)
+
+    def select(self, latents: Tensor) -> Selection:
+        """Choose the cluster of each latent (N, L); no label is known."""
+        chosen, distance = [], []
+        for part in latents.to(self.device, torch.float64).split(ENCODER_MICRO_BATCH):
+            padded = pad_batch(part, ENCODER_MICRO_BATCH)
+            selection = select_cluster(padded, self.gaussians, self.config.selection)
+            chosen.append(selection.index[: len(part)])
+            distance.append(selection.distance[: len(part)])
+        if not chosen:
+            return Selection(latents.new_zeros(0, dtype=torch.int64), latents.new_zeros(0))
+        return Selection(torch.cat(chosen), torch.cat(distance).float())
+
+    def reconstruct(self, images: Tensor, selection: Selection) -> Purified:
+        """Split, sparse-code the high band with each image's dictionary, and sum.
+
+        Args:
+            images: (N, 3, H, W) float32 on the purifier's device, already checked.
+            selection: cluster of each image.
+        """
+        # One by one for the same reason as the micro-batches: a batched DFT may round differently.
+        bands = [tikhonov_split(image[None], self.config.tikhonov) for image in images]
+        if not bands:
+            return self._outcome(images, images, selection, selection.index.bool())
+        lowpass = torch.cat([low for low, _ in bands])
+        coded = self._code(torch.cat([high for _, high in bands]), selection.index)
+        solved = torch.isfinite(coded).flatten(1).all(1)
+        coded = torch.where(solved.view(-1, 1, 1, 1), coded, 0.0)
+        return self._outcome(images, (lowpass + coded).clamp(0, 1), selection, solved)
+
+    def _code(self, highpass: Tensor, index: Tensor) -> Tensor:
+        """Return the sparse reconstruction of each high band with the dictionary of its cluster."""
+        small = highpass.shape[-2] * highpass.shape[-1] <= SMALL_PIXELS
+        micro_batch = SOLVER_MICRO_BATCH if small else 1
+        positions, parts = [], []
+        for cluster in index.unique().tolist():
+            solver = self.solvers[cluster]
+            for rows in (index == cluster).nonzero()[:, 0].split(micro_batch):
+                batch = pad_batch(highpass[rows], micro_batch)
+                parts.append(map_tiles(lambda x, s=solver: s.solve(x).reconstruction, batch))
+                parts[-1] = parts[-1][: len(rows)]
+                positions.append(rows)
+        return torch.cat(parts)[torch.cat(positions).argsort()]
+
+    def _outcome(
+        self, images: Tensor, purified: Tensor, selection: Selection, solved: Tensor
+    ) -> Purified:
+        change = (purified - images).flatten(1).norm(dim=1)
+        residual = change / images.flatten(1).norm(dim=1).clamp(min=1e-12)
+        return Purified(
+            purified,
+            self.gaussians.class_id[selection.index],
+            self.gaussians.cluster_id[selection.index],
+            selection.distance,
+            residual,
+            solved,
+        )
+
+
+def check_images(images: Tensor) -> None:
+    """Raise `ValueError` unless images are (N, 3, H, W) finite floats in [0, 1]."""
+    if not isinstance(images, Tensor):
+        raise ValueError(f"images must be a torch.Tensor, got {type(images).__name__}")
+    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
+        raise ValueError(f"images must be (N, 3, H, W), got shape {tuple(images.shape)}")
+    if not images.is_floating_point():
+        raise ValueError(f"images must be floating point in [0, 1], got {images.dtype}")
+    if not torch.isfinite(images).all():
+        raise ValueError("images must be finite, got NaN or infinity")
+    if len(images) and (images.min() < 0 or images.max() > 1):
+        low, high = images.min().item(), images.max().item()
+        raise ValueError(f"images must be in [0, 1], got values in [{low:.4g}, {high:.4g}]")

@@ -1,0 +1,51 @@
+"""Cut large images into overlapping tiles of one shape, and put the tiles' middles together again.
+
+Sparse codes reach a few atom supports far, so a tile's result is kept only where it is at least `halo`
+pixels from a cut. Memory of the solver then depends on the tile, not on the image.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+TILE = 192
+"""Side of a tile in pixels, halo included."""
+HALO = 24
+"""Pixels dropped at every cut: three supports of an 8-pixel atom."""
+
+
+def map_tiles(
+    function: Callable[[Tensor], Tensor], images: Tensor, tile: int = TILE, halo: int = HALO
+) -> Tensor:
+    """Apply an image-to-image function of the same shape, tile by tile.
+
+    Args:
+        function: (N, C, h, w) -> (N, C, h, w).
+        images: (N, C, H, W); passed whole when no side exceeds `tile`.
+        tile: side of a tile, halo included.
+        halo: pixels discarded at each cut.
+    """
+    height, width = images.shape[-2:]
+    if height <= tile and width <= tile:
+        return function(images)
+    result = torch.empty_like(images)
+    for top, first_row, last_row in _spans(height, tile, halo):
+        for left, first_column, last_column in _spans(width, tile, halo):
+            part = function(images[..., top : top + tile, left : left + tile])
+            result[..., first_row:last_row, first_column:last_column] = part[
+                ..., first_row - top : last_row - top, first_column - left : last_column - left
+            ]
+    return result
+
+
+def _spans(length: int, tile: int, halo: int) -> list[tuple[int, int, int]]:
+    """Return (start of the tile, first kept, one past the last kept) covering 0..length."""
+    spans, kept = [], 0
+    while kept < length:
+        start = max(0, min(kept - halo, length - tile))
+        end = min(start + tile, length)
+        last = length if end == length else end - halo
+        spans.append((start, kept, last))
+        kept = last
+    return spans

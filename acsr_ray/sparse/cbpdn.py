@@ -1,0 +1,147 @@
+"""Convolutional basis pursuit denoising (Eq. 6) by ADMM with fixed penalty and iterations.
+
+Shapes: N images, C channels, H x W pixels, h x w atom support, M atoms. One coefficient map per atom is
+shared by the channels. Convolution is circular, so the x-step is diagonal over frequencies up to a C x C
+system (Woodbury), which is factored once per image size.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from acsr_ray.config import Described
+from acsr_ray.sparse.prox import soft_threshold
+
+CACHED_PIXELS = 128 * 128
+"""Factors of images up to this size are kept between calls; larger ones cost more memory than time."""
+
+
+class CbpdnConfig(Described):
+    """Settings of the solver. Iterations and rho are fixed, so an image never depends on its neighbours."""
+
+    lmbda: float = Field(0.1, gt=0)
+    """Weight of the l1 term for images in [0, 1]."""
+    iterations: int = Field(60, ge=1)
+    """ADMM iterations."""
+    rho: float | None = Field(None, gt=0)
+    """ADMM penalty; None stands for 50 lmbda + 1, sporco's starting value."""
+    relaxation: float = Field(1.8, ge=1, lt=2)
+    """Over-relaxation of ADMM."""
+
+    @property
+    def penalty(self) -> float:
+        """The rho in use."""
+        return 50 * self.lmbda + 1 if self.rho is None else self.rho
+
+
+@dataclass(frozen=True)
+class CbpdnResult:
+    """Sparse codes of a batch.
+
+    `maps` (N, M, H, W) are the sparse iterate, `reconstruction` (N, C, H, W) is their convolution with
+    the atoms, and `objective` (N,) is the functional at exactly these maps.
+    """
+
+    maps: Tensor
+    reconstruction: Tensor
+    objective: Tensor
+
+
+@dataclass(frozen=True)
+class _Factor:
+    """Per-frequency matrices of the x-step, frequency first: D (F, M, C) and its regularised adjoint (F, C, M)."""
+
+    forward: Tensor
+    adjoint: Tensor
+
+
+class Cbpdn:
+    """Solve min over maps of 1/2 ||sum_m d_m * x_m - s||^2 + lmbda ||x||_1, per image.
+
+    Args:
+        atoms: (M, C, h, w) real.
+        config: solver settings.
+
+    Raises:
+        ValueError: atoms are not a finite 4-d array.
+    """
+
+    def __init__(self, atoms: Tensor, config: CbpdnConfig) -> None:
+        if atoms.ndim != 4 or not torch.isfinite(atoms).all():
+            raise ValueError(f"atoms must be finite (M, C, h, w), got shape {tuple(atoms.shape)}")
+        self.atoms = atoms
+        self.config = config
+        self._factors: dict[tuple[int, int, torch.dtype, torch.device], _Factor] = {}
+
+    def solve(self, highpass: Tensor) -> CbpdnResult:
+        """Sparse-code a batch; differentiable in it.
+
+        Args:
+            highpass: (N, C, H, W), float32 or float64, with the atoms' C; computed in its dtype.
+
+        Raises:
+            ValueError: wrong shape or channels.
+        """
+        num_atoms, channels, *support = self.atoms.shape
+        if highpass.ndim != 4 or highpass.shape[1] != channels:
+            raise ValueError(
+                f"highpass must be (N, {channels}, H, W), got {tuple(highpass.shape)}"
+            )
+        count, _, height, width = highpass.shape
+        # An image smaller than an atom gets zeros to the right and below, and loses them again.
+        size = (max(height, support[0]), max(width, support[1]))
+        signal = F.pad(highpass, (0, size[1] - width, 0, size[0] - height))
+        maps, maps_f, factor = self._iterate(signal, size)
+        reconstruction = _images(maps_f @ factor.forward, size)
+        fidelity = 0.5 * (reconstruction - signal).square().sum((1, 2, 3))
+        objective = fidelity + self.config.lmbda * maps.abs().sum((0, 1, 3))
+        maps = maps.permute(2, 3, 0, 1)[..., :height, :width]
+        return CbpdnResult(maps, reconstruction[..., :height, :width], objective)
+
+    def _iterate(self, signal: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, _Factor]:
+        """Run ADMM; maps live as (H, W, N, M), so that every frequency is one small matrix product."""
+        factor = self._factor(size, signal)
+        signal_f = _spectrum(signal.permute(2, 3, 0, 1))
+        relaxation, threshold = self.config.relaxation, self.config.lmbda / self.config.penalty
+        y = signal.new_zeros((*size, len(signal), len(self.atoms)))
+        u = torch.zeros_like(y)
+        for _ in range(self.config.iterations):
+            # x-step: x = v + D^H (rho I + D D^H)^-1 (s - D v), v = y - u (Woodbury).
+            v_f = _spectrum(y - u)
+            x_f = v_f + (signal_f - v_f @ factor.forward) @ factor.adjoint
+            x = torch.fft.irfft2(x_f.unflatten(0, (size[0], -1)), s=size, dim=(0, 1))
+            relaxed = relaxation * x + (1 - relaxation) * y + u
+            y = soft_threshold(relaxed, threshold)
+            u = relaxed - y
+        return y, _spectrum(y), factor
+
+    def _factor(self, size: tuple[int, int], like: Tensor) -> _Factor:
+        key = (*size, like.dtype, like.device)
+        if key in self._factors:
+            return self._factors[key]
+        atoms = self.atoms.to(like.device, like.dtype).permute(2, 3, 0, 1)
+        padded = F.pad(atoms, (0, 0, 0, 0, 0, size[1] - atoms.shape[1], 0, size[0] - atoms.shape[0]))
+        forward = _spectrum(padded)
+        channels = forward.shape[-1]
+        identity = torch.eye(channels, dtype=forward.dtype, device=forward.device)
+        # Rows are images here, so products run from the right and the adjoint is conj() without transpose.
+        gram = forward.mH @ forward + self.config.penalty * identity
+        factor = _Factor(forward, torch.linalg.solve(gram, forward.mH))
+        if math.prod(size) <= CACHED_PIXELS:
+            self._factors = {**self._factors, key: factor}
+        return factor
+
+
+def _spectrum(arrays: Tensor) -> Tensor:
+    """Return the DFT of (H, W, ...) over the first two axes as (F, ...), F = H (W // 2 + 1)."""
+    return torch.fft.rfft2(arrays, dim=(0, 1)).flatten(0, 1)
+
+
+def _images(spectrum: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return the images (N, C, H, W) of a spectrum (F, N, C)."""
+    images = torch.fft.irfft2(spectrum.unflatten(0, (size[0], -1)), s=size, dim=(0, 1))
+    return images.permute(2, 3, 0, 1)
