@@ -73,9 +73,7 @@ def begin_artifact(directory: Path) -> None:
     (directory / MANIFEST).unlink(missing_ok=True)
 
 
-def finish_artifact(
-    directory: Path, kind: str, files: Iterable[str], content: Mapping[str, Any]
-) -> None:
+def finish_artifact(directory: Path, kind: str, files: Iterable[str], content: Mapping[str, Any]) -> None:
     """Write the manifest, which makes the artifact exist.
 
     Args:

@@ -63,9 +63,7 @@ def chord_elbow(wcss: Sequence[float]) -> int:
     return int((1 - x - y).argmax()) + 1
 
 
-def choose_num_clusters(
-    wcss: Sequence[float], blob_wcss: Sequence[float], minimum_gain: float
-) -> int:
+def choose_num_clusters(wcss: Sequence[float], blob_wcss: Sequence[float], minimum_gain: float) -> int:
     """Return the elbow of `wcss`, or 1 when no split beats a Gaussian blob's by `minimum_gain`.
 
     Args:
@@ -100,9 +98,7 @@ def cluster_class(latents: NDArray[Any], config: ElbowConfig, seed: int) -> Clas
     return ClassClusters(cluster_id, wcss, blob, elbow, int(cluster_id.max()) + 1)
 
 
-def _fit_curve(
-    latents: NDArray[Any], k_max: int, config: ElbowConfig, seed: int
-) -> list[KMeansResult]:
+def _fit_curve(latents: NDArray[Any], k_max: int, config: ElbowConfig, seed: int) -> list[KMeansResult]:
     backend = resolve_backend(config.backend)
     return [
         fit_kmeans(latents, k, restarts=config.restarts, seed=seed, backend=backend)

@@ -4,9 +4,9 @@ Shapes: K clusters, L latent length. With W the whitening of a cluster, d(r)^2 =
 (r - mu)^T S^-1 (r - mu) (the paper's Eq. 7 lost a transpose and misplaced the root).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ class Gaussians:
     """Gaussians of K clusters.
 
     `class_id`, `cluster_id`, `count` are (K,) int32; `mean` (K, L); `whitening` (K, L, L) lower
-    triangular; `log_det` (K,), the log determinant of the covariance (of its range for `pinv`). Float64.
+    triangular; `log_det` (K,), the log determinant of the covariance (of its range for `pinv`).
     """
 
     class_id: Tensor
@@ -43,6 +43,29 @@ class Gaussians:
             whitening=self.whitening.to(device, dtype),
             log_det=self.log_det.to(device, dtype),
         )
+
+    def pack(self) -> dict[str, Tensor]:
+        """Return the arrays to store: float32, the whitening as its packed lower triangle."""
+        rows, columns = _triangle(self.mean.shape[1])
+        return {
+            "class_id": self.class_id,
+            "cluster_id": self.cluster_id,
+            "count": self.count,
+            "mean": self.mean.float(),
+            "whitening": self.whitening[:, rows, columns].float(),
+            "log_det": self.log_det.float(),
+        }
+
+    @classmethod
+    def unpack(cls, arrays: Mapping[str, Tensor]) -> Self:
+        """Restore from `pack`, as float32."""
+        count, latent = arrays["mean"].shape
+        rows, columns = _triangle(latent)
+        whitening = torch.zeros(count, latent, latent)
+        whitening[:, rows, columns] = arrays["whitening"].float()
+        real = {name: arrays[name].float() for name in ("mean", "log_det")}
+        ids = {name: arrays[name] for name in ("class_id", "cluster_id", "count")}
+        return cls(whitening=whitening, **real, **ids)
 
 
 def fit_gaussians(
@@ -125,9 +148,12 @@ def own_squared_mahalanobis(latents: Tensor, gaussians: Gaussians, index: Tensor
     return torch.einsum("nij,nj->ni", gaussians.whitening[index], centred).square().sum(1)
 
 
-def locate_clusters(
-    gaussians: Gaussians, class_id: Sequence[int], cluster_id: Sequence[int]
-) -> Tensor:
+def _triangle(size: int) -> tuple[Tensor, Tensor]:
+    rows, columns = torch.tril_indices(size, size)
+    return rows, columns
+
+
+def locate_clusters(gaussians: Gaussians, class_id: Sequence[int], cluster_id: Sequence[int]) -> Tensor:
     """Return the position (N,) of each (class, cluster) among the Gaussians; `KeyError` if absent."""
     pairs = zip(gaussians.class_id.tolist(), gaussians.cluster_id.tolist(), strict=True)
     position = {key: k for k, key in enumerate(pairs)}

@@ -65,9 +65,7 @@ def fit_kmeans(
     else:
         model = KMeans(**options).fit(np.asarray(latents, np.float64))
         centroids, cluster_id, wcss = model.cluster_centers_, model.labels_, model.inertia_
-    return KMeansResult(
-        np.asarray(centroids, np.float32), np.asarray(cluster_id, np.int32), float(wcss)
-    )
+    return KMeansResult(np.asarray(centroids, np.float32), np.asarray(cluster_id, np.int32), float(wcss))
 
 
 def resolve_backend(backend: Backend) -> Literal["sklearn", "cuml"]:

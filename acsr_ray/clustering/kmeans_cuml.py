@@ -8,9 +8,7 @@ from cuml.cluster import KMeans
 from numpy.typing import NDArray
 
 
-def fit_cuml(
-    latents: NDArray[Any], options: dict[str, Any]
-) -> tuple[NDArray[Any], NDArray[Any], float]:
+def fit_cuml(latents: NDArray[Any], options: dict[str, Any]) -> tuple[NDArray[Any], NDArray[Any], float]:
     """Return centroids (K, L), cluster ids (N,) and WCSS of cuML's k-means on a CuPy copy."""
     on_gpu = cupy.asarray(np.ascontiguousarray(latents, np.float32))
     if not isinstance(options["init"], str):

@@ -83,18 +83,14 @@ def find_source(location: str) -> list[Shard] | ImageFolder:
             raise CorpusError(f"input {root_uri} is neither a .parquet file nor a folder")
         return [Shard(fs.unstrip_protocol(root), PurePosixPath(root).stem, _version(fs.info(root)))]
     found = fs.find(root, detail=True)
-    visible = {
-        PurePosixPath(path).relative_to(PurePosixPath(root)): info for path, info in found.items()
-    }
+    visible = {PurePosixPath(path).relative_to(PurePosixPath(root)): info for path, info in found.items()}
     files = {
         relative: info
         for relative, info in sorted(visible.items(), key=lambda item: str(item[0]))
         if not any(part.startswith((".", "_")) for part in relative.parts)
     }
     shards = [
-        Shard(
-            fs.unstrip_protocol(info["name"]), str(relative.with_suffix("")), _version(info)
-        )
+        Shard(fs.unstrip_protocol(info["name"]), str(relative.with_suffix("")), _version(info))
         for relative, info in files.items()
         if relative.suffix == ".parquet"
     ]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from acsr_ray.artifacts import (
@@ -71,9 +72,7 @@ def load_classifier(directory: Path, kind: str, device: str = "cpu") -> Classifi
     return Classifier(model, config, tuple(manifest["class_names"]), manifest)
 
 
-def restore_encoder(
-    config: EncoderConfig, weights: Mapping[str, Tensor], device: str = "cpu"
-) -> WideResNet:
+def restore_encoder(config: EncoderConfig, weights: Mapping[str, Tensor], device: str = "cpu") -> WideResNet:
     """Build the network, load its weights and freeze it in evaluation mode on a device."""
     model = build_wide_resnet(config.architecture, config.num_classes)
     try:
@@ -83,16 +82,23 @@ def restore_encoder(
     return model.requires_grad_(False).eval().to(device)
 
 
-def encode(model: WideResNet, images: Tensor) -> Tensor:
-    """Return latents (N, L) of images (N, 3, S, S), the same for an image whatever its neighbours.
+def encode(model: WideResNet, images: Tensor, image_size: int) -> Tensor:
+    """Return latents (N, L) of images (N, 3, H, W), the same for an image whatever its neighbours.
 
-    The model always sees `ENCODER_MICRO_BATCH` images; the last call is padded with zeros.
+    A copy resized to `image_size` is encoded. The model always sees `ENCODER_MICRO_BATCH` images; the last
+    call is padded with zeros.
     """
+    if images.shape[-2:] != (image_size, image_size):
+        images = torch.cat([_resize(image, image_size) for image in images.split(1)])
     latents = []
     for start in range(0, len(images), ENCODER_MICRO_BATCH):
         part = images[start : start + ENCODER_MICRO_BATCH]
         latents.append(model.latent(pad_batch(part, ENCODER_MICRO_BATCH))[: len(part)])
     return torch.cat(latents) if latents else images.new_zeros((0, model.latent_length))
+
+
+def _resize(image: Tensor, size: int) -> Tensor:
+    return F.interpolate(image, (size, size), mode="bilinear", antialias=True)
 
 
 def pad_batch(images: Tensor, size: int) -> Tensor:

@@ -11,7 +11,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -66,9 +65,7 @@ class Bundle:
     def __post_init__(self) -> None:
         count, latent = self.gaussians.mean.shape
         if self.atoms.ndim != 5 or len(self.atoms) != count or self.atoms.shape[2] != 3:
-            raise ArtifactError(
-                f"dictionaries must be ({count}, M, 3, h, w), got {tuple(self.atoms.shape)}"
-            )
+            raise ArtifactError(f"dictionaries must be ({count}, M, 3, h, w), got {tuple(self.atoms.shape)}")
         if self.gaussians.whitening.shape != (count, latent, latent):
             raise ArtifactError(f"whitening must be ({count}, {latent}, {latent})")
 
@@ -83,17 +80,7 @@ def save_bundle(directory: Path, bundle: Bundle, content: Mapping[str, Any]) -> 
     """
     begin_artifact(directory)
     save_tensors(directory / ENCODER, bundle.encoder)
-    gaussians = bundle.gaussians.to("cpu", torch.float32)
-    rows, columns = _triangle(gaussians.mean.shape[1])
-    clusters = {
-        "class_id": gaussians.class_id,
-        "cluster_id": gaussians.cluster_id,
-        "count": gaussians.count,
-        "mean": gaussians.mean,
-        "whitening": gaussians.whitening[:, rows, columns],
-        "log_det": gaussians.log_det,
-    }
-    save_tensors(directory / CLUSTERS, clusters)
+    save_tensors(directory / CLUSTERS, bundle.gaussians.pack())
     save_tensors(directory / DICTIONARIES, {"atoms": bundle.atoms.float()})
     manifest = {"bundle": bundle.config.describe(), **content}
     finish_artifact(directory, "bundle", [ENCODER, CLUSTERS, DICTIONARIES], manifest)
@@ -108,19 +95,7 @@ def load_bundle(location: str | Path) -> Bundle:
     directory = find_bundle(location)
     manifest = load_artifact(directory, "bundle")
     config = BundleConfig.from_description(manifest["bundle"])
-    clusters = load_tensors(directory / CLUSTERS)
-    count, latent = clusters["mean"].shape
-    whitening = torch.zeros(count, latent, latent)
-    rows, columns = _triangle(latent)
-    whitening[:, rows, columns] = clusters["whitening"].float()
-    gaussians = Gaussians(
-        clusters["class_id"],
-        clusters["cluster_id"],
-        clusters["count"],
-        clusters["mean"].float(),
-        whitening,
-        clusters["log_det"].float(),
-    )
+    gaussians = Gaussians.unpack(load_tensors(directory / CLUSTERS))
     atoms = load_tensors(directory / DICTIONARIES)["atoms"].float()
     return Bundle(config, load_tensors(directory / ENCODER), gaussians, atoms)
 
@@ -142,8 +117,3 @@ def find_bundle(location: str | Path) -> Path:
 def bundle_digest(location: str | Path) -> str:
     """Return the digest that a run records for its bundle."""
     return artifact_digest(find_bundle(location))
-
-
-def _triangle(size: int) -> tuple[Tensor, Tensor]:
-    rows, columns = torch.tril_indices(size, size)
-    return rows, columns

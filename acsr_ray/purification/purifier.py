@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acsr_ray.clustering.gaussians import Gaussians
@@ -90,14 +89,7 @@ class Purifier(nn.Module):
 
     def latents(self, images: Tensor) -> Tensor:
         """Return R_rob(x), (N, L), of images (N, 3, H, W) resized to the encoder's input."""
-        size = self.config.encoder.image_size
-        if images.shape[-2:] != (size, size):
-            resized = [
-                F.interpolate(image[None], (size, size), mode="bilinear", antialias=True)
-                for image in images
-            ]
-            images = torch.cat(resized) if resized else images.new_zeros((0, 3, size, size))
-        return encode(self.encoder, images)
+        return encode(self.encoder, images, self.config.encoder.image_size)
 
     def select(self, latents: Tensor) -> Selection:
         """Choose the cluster of each latent (N, L); no label is known."""
@@ -137,14 +129,11 @@ class Purifier(nn.Module):
             solver = self.solvers[cluster]
             for rows in (index == cluster).nonzero()[:, 0].split(micro_batch):
                 batch = pad_batch(highpass[rows], micro_batch)
-                parts.append(map_tiles(lambda x, s=solver: s.solve(x).reconstruction, batch))
-                parts[-1] = parts[-1][: len(rows)]
+                parts.append(map_tiles(solver.reconstruct, batch)[: len(rows)])
                 positions.append(rows)
         return torch.cat(parts)[torch.cat(positions).argsort()]
 
-    def _outcome(
-        self, images: Tensor, purified: Tensor, selection: Selection, solved: Tensor
-    ) -> Purified:
+    def _outcome(self, images: Tensor, purified: Tensor, selection: Selection, solved: Tensor) -> Purified:
         change = (purified - images).flatten(1).norm(dim=1)
         residual = change / images.flatten(1).norm(dim=1).clamp(min=1e-12)
         return Purified(

@@ -53,7 +53,7 @@ class CbpdnResult:
 
 @dataclass(frozen=True)
 class _Factor:
-    """Per-frequency matrices of the x-step, frequency first: D (F, M, C) and its regularised adjoint (F, C, M)."""
+    """Matrices of the x-step per frequency: D (F, M, C) and its regularised adjoint (F, C, M)."""
 
     forward: Tensor
     adjoint: Tensor
@@ -86,12 +86,10 @@ class Cbpdn:
         Raises:
             ValueError: wrong shape or channels.
         """
-        num_atoms, channels, *support = self.atoms.shape
+        _, channels, *support = self.atoms.shape
         if highpass.ndim != 4 or highpass.shape[1] != channels:
-            raise ValueError(
-                f"highpass must be (N, {channels}, H, W), got {tuple(highpass.shape)}"
-            )
-        count, _, height, width = highpass.shape
+            raise ValueError(f"highpass must be (N, {channels}, H, W), got {tuple(highpass.shape)}")
+        height, width = highpass.shape[2:]
         # An image smaller than an atom gets zeros to the right and below, and loses them again.
         size = (max(height, support[0]), max(width, support[1]))
         signal = F.pad(highpass, (0, size[1] - width, 0, size[0] - height))
@@ -101,6 +99,10 @@ class Cbpdn:
         objective = fidelity + self.config.lmbda * maps.abs().sum((0, 1, 3))
         maps = maps.permute(2, 3, 0, 1)[..., :height, :width]
         return CbpdnResult(maps, reconstruction[..., :height, :width], objective)
+
+    def reconstruct(self, highpass: Tensor) -> Tensor:
+        """Return only the reconstruction (N, C, H, W) of a batch; see `solve`."""
+        return self.solve(highpass).reconstruction
 
     def _iterate(self, signal: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, _Factor]:
         """Run ADMM; maps live as (H, W, N, M), so that every frequency is one small matrix product."""

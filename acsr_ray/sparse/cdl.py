@@ -59,8 +59,7 @@ def learn_dictionary(highpass: Tensor, config: CdlConfig, *, seed: int) -> CdlRe
     """
     if highpass.ndim != 4 or not len(highpass) or min(highpass.shape[2:]) < config.support:
         raise ValueError(
-            f"highpass must be (N >= 1, C, H, W) with sides >= {config.support}, "
-            f"got {tuple(highpass.shape)}"
+            f"highpass must be (N >= 1, C, H, W) with sides >= {config.support}, got {tuple(highpass.shape)}"
         )
     if not torch.isfinite(highpass).all():
         raise ValueError("highpass must be finite")
@@ -81,7 +80,7 @@ def learn_dictionary(highpass: Tensor, config: CdlConfig, *, seed: int) -> CdlRe
 
 def _random_patches(highpass: Tensor, config: CdlConfig, generator: torch.Generator) -> Tensor:
     """Start from patches of the images themselves plus a little noise, which keeps flat ones apart."""
-    count, channels, height, width = highpass.shape
+    count, _, height, width = highpass.shape
     side, patches = config.support, []
     for _ in range(config.num_atoms):
         image, top, left = (
@@ -106,9 +105,7 @@ def _accumulate(
     return weight * surrogate[0] + gram, weight * surrogate[1] + cross
 
 
-def _update_atoms(
-    atoms: Tensor, gram: Tensor, cross: Tensor, size: torch.Size, steps: int
-) -> Tensor:
+def _update_atoms(atoms: Tensor, gram: Tensor, cross: Tensor, size: torch.Size, steps: int) -> Tensor:
     """Minimise the surrogate over feasible atoms by FISTA."""
     lipschitz = _largest_eigenvalue(gram)
     if lipschitz <= 0:

@@ -40,9 +40,9 @@ def tikhonov_split(images: Tensor, config: TikhonovConfig) -> tuple[Tensor, Tens
 def _response(padded: Tensor, lmbda: float) -> Tensor:
     height, width = padded.shape[-2:]
     # Computed in float64 and rounded once, so float32 and float64 split alike.
-    kind = {"dtype": torch.float64, "device": padded.device}
-    rows = 4 * torch.sin(torch.arange(height, **kind) * math.pi / height) ** 2
-    columns = 4 * torch.sin(torch.arange(width // 2 + 1, **kind) * math.pi / width) ** 2
+    frequency = torch.arange(max(height, width), dtype=torch.float64, device=padded.device)
+    rows = 4 * torch.sin(frequency[:height] * math.pi / height) ** 2
+    columns = 4 * torch.sin(frequency[: width // 2 + 1] * math.pi / width) ** 2
     return (1 / (1 + lmbda * (rows[:, None] + columns))).to(padded.dtype)
 
 

@@ -86,7 +86,7 @@ def fit(
         on_epoch: called after each epoch.
     """
     generator = torch.Generator().manual_seed(seed)
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(
         model.parameters(),
         config.peak_lr,
@@ -104,9 +104,7 @@ def fit(
         order = torch.randperm(len(pixels), generator=generator)
         for chosen in order[: batches * config.batch_size].chunk(batches):
             images = torch.from_numpy(to_unit_range(pixels[chosen.numpy()]))
-            images = augment(images, config, generator).to(
-                device, memory_format=torch.channels_last
-            )
+            images = augment(images, config, generator).to(device, memory_format=torch.channels_last)
             model.train()
             loss = objective(images, targets[chosen].to(device), chosen)
             optimizer.zero_grad()

@@ -1,0 +1,203 @@
+"""Units of work: a run of rows of one shard, planned from Parquet footers alone.
+
+A unit is what is read, purified, published and skipped as a whole. Its content key changes when the shard's
+bytes do, so a rewritten shard is redone and an untouched one is not.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Self
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from acsr_ray.artifacts import json_digest
+from acsr_ray.columns import IMAGE, LABEL, PREFIX
+from acsr_ray.corpus.sources import CorpusError, ImageFolder, Shard, find_source, open_parquet
+
+EXPANSION = 8
+"""Decoded bytes per encoded byte assumed when sizing units; photos expand 6 to 15 times."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Rows `first`..`last` (inclusive) of one shard, or a run of an image folder's sorted files."""
+
+    uri: str
+    relative: str
+    first: int
+    last: int
+    content: str
+    """Digest of what decides the input pixels."""
+    files: tuple[tuple[str, str, int | None], ...] = ()
+    """(uri, relative path, label) of each image; empty for Parquet."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the unit."""
+        return self.last - self.first + 1
+
+    def output_name(self, fingerprint: str) -> str:
+        """Return the path of the unit's output below `data/`; sorts in input order.
+
+        Args:
+            fingerprint: digest of the run's result-affecting settings.
+        """
+        key = json_digest([fingerprint, self.relative, self.first, self.last, self.content])[:8]
+        return f"{self.relative}.rows-{self.first:07d}-{self.last:07d}.{key}.parquet"
+
+    def to_json(self) -> str:
+        """Serialise, to travel through the pipeline as one cell."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Restore from `to_json`."""
+        fields = json.loads(text)
+        return cls(**{**fields, "files": tuple(tuple(file) for file in fields["files"])})
+
+
+def plan_units(
+    location: str, *, image_column: str, unit_rows: int, unit_megabytes: float, limit: int | None
+) -> list[Unit]:
+    """Cut a corpus into units in input order.
+
+    Args:
+        location: path or URI of the corpus.
+        image_column: name of the image column in Parquet shards.
+        unit_rows: most rows of a unit.
+        unit_megabytes: decoded MiB aimed at; units of large images have fewer rows.
+        limit: only the first so many rows of the corpus.
+
+    Raises:
+        CorpusError: an unusable schema, or nothing to read.
+    """
+    source = find_source(location)
+    units: list[Unit] = []
+    left = limit
+    planned = (
+        _folder_units(source, unit_rows)
+        if isinstance(source, ImageFolder)
+        else _shard_units(source, image_column, unit_rows, unit_megabytes)
+    )
+    for unit in planned:
+        if left is not None and unit.num_rows > left:
+            unit = _shortened(unit, left)
+        if unit.num_rows < 1:
+            break
+        units.append(unit)
+        left = None if left is None else left - unit.num_rows
+    if not units:
+        raise CorpusError(f"input {location} has no rows")
+    return units
+
+
+def _shortened(unit: Unit, rows: int) -> Unit:
+    fields = {**asdict(unit), "last": unit.first + rows - 1, "files": unit.files[:rows]}
+    return Unit(**fields)
+
+
+def _shard_units(
+    shards: Sequence[Shard], image_column: str, unit_rows: int, unit_megabytes: float
+) -> Iterator[Unit]:
+    for shard in shards:
+        try:
+            with open_parquet(shard.uri) as file:
+                check_schema(file.schema_arrow, image_column, shard.uri)
+                num_rows, encoded = file.metadata.num_rows, _image_bytes(file, image_column)
+        except (pa.ArrowException, OSError) as error:
+            raise CorpusError(f"{shard.uri} is not a readable Parquet file: {error}") from error
+        if not num_rows:
+            continue
+        content = _file_digest(shard.uri)
+        fitting = int(unit_megabytes * 2**20 * num_rows / max(1, encoded * EXPANSION))
+        step = max(1, min(unit_rows, fitting))
+        for first in range(0, num_rows, step):
+            last = min(first + step, num_rows) - 1
+            yield Unit(shard.uri, shard.relative, first, last, content)
+
+
+def check_schema(schema: pa.Schema, image_column: str, uri: str) -> None:
+    """Raise `CorpusError` unless a shard can be purified as it is."""
+    taken = [name for name in schema.names if name.startswith(PREFIX)]
+    if taken:
+        raise CorpusError(f"{uri} already has {', '.join(taken)}: it was purified before")
+    if image_column not in schema.names:
+        raise CorpusError(
+            f"{uri} has no column {image_column!r} (--image-column names it); "
+            f"it has {', '.join(schema.names)}"
+        )
+    kind = schema.field(image_column).type
+    if pa.types.is_struct(kind):
+        position = kind.get_field_index("bytes")
+        kind = kind.field(position).type if position >= 0 else kind
+    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+        raise CorpusError(
+            f"{uri}: column {image_column!r} must be binary or a struct with binary `bytes`, got {kind}"
+        )
+
+
+def _image_bytes(file: pq.ParquetFile, image_column: str) -> int:
+    """Return the uncompressed size of the image column from the footer."""
+    metadata, total = file.metadata, 0
+    for group in range(metadata.num_row_groups):
+        for column in range(metadata.num_columns):
+            chunk = metadata.row_group(group).column(column)
+            if chunk.path_in_schema.split(".")[0] == image_column:
+                total += chunk.total_uncompressed_size
+    return total
+
+
+def _file_digest(uri: str) -> str:
+    with fsspec.open(uri, "rb").open() as file:
+        digest = hashlib.sha256()
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _folder_units(folder: ImageFolder, unit_rows: int) -> Iterator[Unit]:
+    for first in range(0, len(folder.files), unit_rows):
+        files = folder.files[first : first + unit_rows]
+        content = json_digest([[file.path, file.version] for file in files])
+        rows = tuple((file.uri, file.path, folder.label(file)) for file in files)
+        yield Unit(folder.name, folder.name, first, first + len(files) - 1, content, rows)
+
+
+def read_unit(unit: Unit) -> pa.Table:
+    """Read a unit's rows with all their columns and the shard's schema metadata.
+
+    Raises:
+        CorpusError: the shard has fewer rows than when it was planned.
+    """
+    if unit.files:
+        return _read_files(unit)
+    with open_parquet(unit.uri) as file:
+        metadata, groups, skipped, start = file.metadata, [], 0, 0
+        for group in range(metadata.num_row_groups):
+            end = start + metadata.row_group(group).num_rows
+            if end <= unit.first:
+                skipped = end
+            elif start <= unit.last:
+                groups.append(group)
+            start = end
+        table = file.read_row_groups(groups).slice(unit.first - skipped, unit.num_rows)
+    if table.num_rows != unit.num_rows:
+        raise CorpusError(f"{unit.uri} changed while it was read: rows {unit.first}..{unit.last}")
+    return table
+
+
+def _read_files(unit: Unit) -> pa.Table:
+    cells, labels = [], []
+    for uri, path, label in unit.files:
+        with fsspec.open(uri, "rb").open() as file:
+            cells.append({"bytes": file.read(), "path": path})
+        labels.append(label)
+    image_type = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    columns = {IMAGE: pa.array(cells, image_type)}
+    if any(label is not None for label in labels):
+        columns[LABEL] = pa.array(labels, pa.int64())
+    return pa.table(columns)

@@ -1,0 +1,1 @@
+"""The library on Ray: the only package that imports it."""

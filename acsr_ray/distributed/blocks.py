@@ -1,0 +1,53 @@
+"""Ray Data steps that keep one block = one unit: whole blocks in, whole blocks out."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
+
+from acsr_ray.columns import UNIT
+from acsr_ray.corpus.units import Unit
+from acsr_ray.distributed.runtime import StageShares
+
+
+def unit_blocks(units: Sequence[Unit]) -> Dataset:
+    """Return a dataset with one block of one row per unit; also stops Ray Data from splitting blocks."""
+    context = ray.data.DataContext.get_current()
+    context.target_max_block_size = None
+    context.enable_progress_bars = False
+    table = pa.table({UNIT: [unit.to_json() for unit in units]})
+    return ray.data.from_arrow([table.slice(row, 1) for row in range(len(units))])
+
+
+def map_in_tasks(blocks: Dataset, stage: Callable[[pa.Table], pa.Table], shares: StageShares) -> Dataset:
+    """Apply a stage without state to every block, in short-lived tasks."""
+    return blocks.map_batches(
+        stage,
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=shares.task_cpus,
+        compute=TaskPoolStrategy(shares.tasks),
+    )
+
+
+def map_in_actors(
+    blocks: Dataset,
+    stage: type[Callable[[pa.Table], pa.Table]],
+    options: dict[str, Any],
+    *,
+    actors: int,
+    cpus: float,
+    gpus: float = 0.0,
+) -> Dataset:
+    """Apply a stage that loads a model to every block, in a pool of actors of fixed size."""
+    return blocks.map_batches(
+        stage,
+        fn_constructor_kwargs=options,
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=cpus,
+        num_gpus=gpus or None,
+        compute=ActorPoolStrategy(size=actors),
+    )

@@ -1,0 +1,108 @@
+"""Connect to Ray and share a machine's or a cluster's CPUs and GPUs between the stages of a pipeline."""
+
+import logging
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import ray
+from pydantic import Field
+
+from acsr_ray.config import Device, Settings
+
+logger = logging.getLogger(__name__)
+
+
+class RaySettings(Settings):
+    """Where Ray runs and how much of it a job takes. None of this changes a pixel."""
+
+    address: str | None = None
+    """Cluster to join; default: RAY_ADDRESS where it is set (as in submitted jobs), else a local Ray."""
+    object_store_megabytes: int = Field(512, gt=0)
+    """Object store of a local Ray, in MiB."""
+    actors: int | None = Field(None, ge=1)
+    """Purification actors; default: one per GPU, or one per CPU."""
+    threads_per_actor: int = Field(1, ge=1)
+    """Torch threads per actor; fixed, because results may differ in the last bit between thread counts."""
+
+
+@contextmanager
+def ray_session(settings: RaySettings) -> Iterator[None]:
+    """Join the configured cluster, or start a local Ray; what was connected here is disconnected after."""
+    if ray.is_initialized():
+        yield
+        return
+    if settings.address or os.environ.get("RAY_ADDRESS"):
+        ray.init(settings.address, log_to_driver=False)
+    else:
+        ray.init(
+            "local",
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=settings.object_store_megabytes * 2**20,
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@dataclass(frozen=True)
+class StageShares:
+    """Fractional resources of each stage, chosen so that all of them fit at the same time.
+
+    An actor pool keeps its CPUs while it lives; without a remainder for the tasks that read and write, a
+    small machine would stand still.
+    """
+
+    device: str
+    encode_actors: int
+    encode_cpus: float
+    encode_gpus: float
+    purify_actors: int
+    purify_cpus: float
+    purify_gpus: float
+    select_cpus: float
+    task_cpus: float
+    tasks: int
+
+
+def share_resources(device: Device, settings: RaySettings) -> StageShares:
+    """Divide the connected cluster between the stages.
+
+    Args:
+        device: `auto` takes GPUs when the cluster has some.
+        settings: number of actors, if asked for.
+    """
+    total = cluster_resources()
+    cpus, gpus = max(1.0, total.get("CPU", 1.0)), total.get("GPU", 0.0)
+    on_gpu = device == "cuda" or (device == "auto" and gpus > 0)
+    purify = settings.actors or int(gpus if on_gpu else cpus) or 1
+    # Encoding costs a small part of sparse coding on CPU; on GPU both pools share each card.
+    encode = purify if on_gpu else math.ceil(purify / 4)
+    share = gpus / purify if on_gpu else 0.0
+    return StageShares(
+        device="cuda" if on_gpu else "cpu",
+        encode_actors=encode,
+        encode_cpus=_rounded(min(0.25, 0.25 * cpus / encode)),
+        encode_gpus=_rounded(0.3 * min(1.0, share)),
+        purify_actors=purify,
+        purify_cpus=_rounded(min(0.5, 0.5 * cpus / purify)),
+        purify_gpus=_rounded(0.7 * min(1.0, share)),
+        select_cpus=0.05,
+        task_cpus=0.2,
+        tasks=max(1, int(cpus)),
+    )
+
+
+def _rounded(share: float) -> float:
+    # Ray keeps four decimals and rejects finer shares.
+    return math.floor(share * 1000) / 1000
+
+
+def cluster_resources() -> dict[str, float]:
+    """Return the connected cluster's total resources, such as CPU and GPU."""
+    totals: dict[str, float] = ray.cluster_resources()
+    return totals

@@ -1,0 +1,283 @@
+"""The stages of the purification pipeline as plain callables from table to table; no Ray here.
+
+One table is one unit. Every stage keeps rows and their order and adds columns; a row that was refused stays,
+with a null image and a reason. Pixels travel as raw bytes with height and width.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from acsr_ray.clustering.selection import Selection
+from acsr_ray.columns import (
+    CLASS,
+    CLUSTER,
+    DISTANCE,
+    HEIGHT,
+    INDEX,
+    LATENT,
+    ORIGINAL,
+    OUTCOME,
+    PIXELS,
+    PURIFIED,
+    QUARANTINED,
+    REASON,
+    RESIDUAL,
+    STATUS,
+    TRAVELLING,
+    UNIT,
+    WIDTH,
+)
+from acsr_ray.corpus.images import (
+    DecodeLimits,
+    ImageError,
+    decode_image,
+    encode_png,
+    to_pixels,
+    to_unit_range,
+)
+from acsr_ray.corpus.labelled import image_bytes
+from acsr_ray.corpus.ledger import Ledger
+from acsr_ray.corpus.units import Unit, read_unit
+from acsr_ray.purification.purifier import Purifier
+
+BATCH_PIXELS = 2**24
+"""Most pixels per call, whatever the batch size: a memory limit for large images."""
+
+
+class ReadUnits:
+    """Read each unit's rows.  Reads _unit.  Replaces the table by the shard's columns plus _unit."""
+
+    def __call__(self, units: pa.Table) -> pa.Table:
+        """Read the unit named in the only row of the table."""
+        (text,) = units[UNIT].to_pylist()
+        table = read_unit(Unit.from_json(text))
+        # One value in a dictionary: the unit reaches the writer without a copy per row.
+        return table.append_column(UNIT, pa.array([text] * table.num_rows).dictionary_encode())
+
+
+class DecodeImages:
+    """Decode images to RGB.
+
+    Reads the image column.  Adds _pixels, _height, _width, acsr_status, acsr_reason.
+
+    Args:
+        image_column: name of the image column.
+        limits: what is refused before it is decoded.
+    """
+
+    def __init__(self, image_column: str, limits: DecodeLimits) -> None:
+        self.image_column = image_column
+        self.limits = limits
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Decode every row; a row that cannot be decoded gets a reason instead of pixels."""
+        rows = [self._decode(data) for data in image_bytes(table[self.image_column])]
+        for name, kind, values in zip(
+            (PIXELS, HEIGHT, WIDTH, STATUS, REASON),
+            (pa.large_binary(), pa.int32(), pa.int32(), pa.string(), pa.string()),
+            zip(*rows, strict=True),
+            strict=True,
+        ):
+            table = table.append_column(name, pa.array(values, kind))
+        return table
+
+    def _decode(self, data: bytes | None) -> tuple[Any, ...]:
+        try:
+            pixels = decode_image(data, self.limits)
+        except ImageError as error:
+            return None, None, None, QUARANTINED, error.reason
+        return pixels.tobytes(), *pixels.shape[:2], PURIFIED, None
+
+
+class EncodeImages:
+    """Compute robust latents.  Reads _pixels, _height, _width.  Adds _latent.
+
+    Args:
+        bundle: directory or name.
+        device: `cpu` or `cuda`.
+        batch_size: most rows per call of the encoder; decides memory, never pixels.
+    """
+
+    def __init__(self, bundle: str, device: str, batch_size: int, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.purifier = Purifier.load(bundle, device)
+        self.batch_size = batch_size
+
+    @torch.inference_mode()
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Add the latent of every decoded row, null elsewhere."""
+        latents: list[NDArray[Any] | None] = [None] * table.num_rows
+        for rows, images in batches_by_size(table, self.batch_size):
+            encoded = self.purifier.latents(images.to(self.purifier.device)).cpu().numpy()
+            for row, latent in zip(rows, encoded, strict=True):
+                latents[row] = latent
+        return table.append_column(LATENT, pa.array(latents, pa.list_(pa.float32())))
+
+
+class SelectClusters:
+    """Choose each image's cluster.  Reads _latent.  Adds _index, acsr_class, acsr_cluster, acsr_distance."""
+
+    def __init__(self, bundle: str, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.purifier = Purifier.load(bundle)
+
+    @torch.inference_mode()
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Add the chosen cluster of every row that has a latent, null elsewhere."""
+        rows = np.flatnonzero(table[LATENT].is_valid().to_numpy())
+        latents = np.array(table[LATENT].take(rows).to_pylist(), np.float32)
+        count = len(self.purifier.gaussians.mean[0])
+        chosen = self.purifier.select(torch.from_numpy(latents.reshape(-1, count)))
+        gaussians = self.purifier.gaussians
+        for name, kind, values in (
+            (INDEX, pa.int32(), chosen.index),
+            (CLASS, pa.int32(), gaussians.class_id[chosen.index]),
+            (CLUSTER, pa.int32(), gaussians.cluster_id[chosen.index]),
+            (DISTANCE, pa.float32(), chosen.distance),
+        ):
+            column = _scatter(table.num_rows, rows, values.tolist())
+            table = table.append_column(name, pa.array(column, kind))
+        return table
+
+
+class PurifyImages:
+    """Reconstruct with the chosen dictionary.
+
+    Reads _pixels, _index, acsr_distance.  Replaces _pixels, adds acsr_residual.
+
+    Args:
+        bundle: directory or name.
+        device: `cpu` or `cuda`.
+        batch_size: most rows per call; decides memory, never pixels.
+    """
+
+    def __init__(self, bundle: str, device: str, batch_size: int, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.purifier = Purifier.load(bundle, device)
+        self.batch_size = batch_size
+
+    @torch.inference_mode()
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Purify every decoded row; where the solver fails, the low band stands and the reason says so."""
+        pixels: list[bytes | None] = [None] * table.num_rows
+        residual: list[float | None] = [None] * table.num_rows
+        reasons = table[REASON].to_pylist()
+        indices, distances = table[INDEX].to_pylist(), table[DISTANCE].to_pylist()
+        for rows, images in batches_by_size(table, self.batch_size):
+            selection = Selection(
+                torch.tensor([indices[row] for row in rows]).to(self.purifier.device),
+                torch.tensor([distances[row] for row in rows]).to(self.purifier.device),
+            )
+            outcome = self.purifier.reconstruct(images.to(self.purifier.device), selection)
+            for position, row in enumerate(rows):
+                image = outcome.images[position].cpu().numpy()
+                pixels[row] = to_pixels(image).tobytes()
+                residual[row] = outcome.residual[position].item()
+                if not outcome.solved[position]:
+                    reasons[row] = "solver_fallback"
+        table = _replace(table, PIXELS, pa.array(pixels, pa.large_binary()))
+        table = _replace(table, REASON, pa.array(reasons, pa.string()))
+        return table.append_column(RESIDUAL, pa.array(residual, pa.float32()))
+
+
+class WriteUnits:
+    """Encode PNG and publish the unit.  Reads everything.  Gives one row per unit: its receipt's name.
+
+    Args:
+        output: the output folder.
+        fingerprint: digest of the run's result-affecting settings.
+        image_column: name of the image column.
+        keep_original: also write the original image as `acsr_original`.
+    """
+
+    def __init__(self, output: str, fingerprint: str, image_column: str, keep_original: bool) -> None:
+        self.ledger = Ledger(output)
+        self.fingerprint = fingerprint
+        self.image_column = image_column
+        self.keep_original = keep_original
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Publish the table's unit."""
+        (text,) = table[UNIT].unique().to_pylist()
+        name = Unit.from_json(text).output_name(self.fingerprint)
+        original = table[self.image_column]
+        encoded = [
+            None if pixels is None else encode_png(_array(pixels, height, width))
+            for pixels, height, width in _pixel_rows(table)
+        ]
+        quarantine = self._quarantine(table, text)
+        outcome = table.select(OUTCOME.names)
+        purified = table.drop_columns([*TRAVELLING, *OUTCOME.names])
+        purified = _replace(purified, self.image_column, replace_bytes(original, encoded))
+        for field in OUTCOME:
+            purified = purified.append_column(field, outcome[field.name])
+        if self.keep_original:
+            kept = pa.array([i if e is not None else None for i, e in enumerate(encoded)], pa.int64())
+            purified = purified.append_column(ORIGINAL, original.take(kept))
+        receipt = self.ledger.publish(name, purified, quarantine)
+        return pa.table({"name": [receipt.name], "rows": [receipt.rows]})
+
+    def _quarantine(self, table: pa.Table, text: str) -> pa.Table:
+        unit = Unit.from_json(text)
+        rows = [i for i, status in enumerate(table[STATUS].to_pylist()) if status == QUARANTINED]
+        data = list(image_bytes(table[self.image_column].take(pa.array(rows, pa.int64()))))
+        columns = {
+            "shard": pa.array([unit.uri] * len(rows), pa.string()),
+            "row": pa.array([unit.first + row for row in rows], pa.int64()),
+            "reason": table[REASON].take(pa.array(rows, pa.int64())),
+            "bytes": pa.array(data, pa.large_binary()),
+        }
+        return pa.table(columns)
+
+
+def batches_by_size(table: pa.Table, batch_size: int) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Yield (row numbers, images (n, 3, H, W) in [0, 1]) of decoded rows, grouped by size, in order."""
+    groups: dict[tuple[int, int], list[tuple[int, bytes]]] = {}
+    for row, (pixels, height, width) in enumerate(_pixel_rows(table)):
+        if pixels is not None:
+            groups.setdefault((height, width), []).append((row, pixels))
+    for (height, width), members in groups.items():
+        step = max(1, min(batch_size, BATCH_PIXELS // (height * width)))
+        for start in range(0, len(members), step):
+            part = members[start : start + step]
+            stacked = np.stack([_array(pixels, height, width) for _, pixels in part])
+            yield [row for row, _ in part], torch.from_numpy(to_unit_range(stacked))
+
+
+def replace_bytes(column: pa.ChunkedArray, encoded: Sequence[bytes | None]) -> pa.Array:
+    """Return an image column of the same type with new bytes; a None makes the whole cell null."""
+    if not pa.types.is_struct(column.type):
+        return pa.array(encoded, column.type)
+    whole = column.combine_chunks()
+    fields = list(column.type)
+    values = [
+        pa.array(encoded, field.type) if field.name == "bytes" else child
+        for field, child in zip(fields, whole.flatten(), strict=True)
+    ]
+    absent = pa.array([data is None for data in encoded], pa.bool_())
+    return pa.StructArray.from_arrays(values, fields=fields, mask=absent)
+
+
+def _pixel_rows(table: pa.Table) -> Iterable[tuple[bytes | None, int, int]]:
+    columns = (table[name].to_pylist() for name in (PIXELS, HEIGHT, WIDTH))
+    return zip(*columns, strict=True)
+
+
+def _array(pixels: bytes, height: int, width: int) -> NDArray[np.uint8]:
+    return np.frombuffer(pixels, np.uint8).reshape(height, width, 3)
+
+
+def _scatter(length: int, rows: NDArray[Any], values: Sequence[Any]) -> list[Any]:
+    column: list[Any] = [None] * length
+    for row, value in zip(rows.tolist(), values, strict=True):
+        column[row] = value
+    return column
+
+
+def _replace(table: pa.Table, name: str, values: pa.Array) -> pa.Table:
+    return table.set_column(table.column_names.index(name), name, values)
