@@ -22,7 +22,7 @@ ENTRY_POINTS: Mapping[str, tuple[str, str, str]] = {
     ),
     "train_robust": ("acsr_ray.training.robust", "TrainRobustSettings", "train_robust"),
     "build_bundle": ("acsr_ray.distributed.bundling", "BuildBundleSettings", "build_bundle"),
-    "purify_corpus": ("acsr_ray.demo.purify_or_demo", "PurifyCorpusSettings", "purify_or_demo"),
+    "purify_corpus": ("acsr_ray.demo.job", "PurifyCorpusSettings", "purify_or_demo"),
 }
 
 
@@ -57,3 +57,7 @@ def main() -> None:
         print(f"error: unknown job {sys.argv[1]!r}{did_you_mean(sys.argv[1], names)}")
         raise SystemExit(2)
     run_job(job, sys.argv[2:])
+
+
+if __name__ == "__main__":
+    main()

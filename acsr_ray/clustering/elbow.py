@@ -32,6 +32,8 @@ class ElbowConfig(Described):
     """k-means++ starts per k."""
     minimum_gain: float = Field(0.05, ge=0, lt=1)
     """Share of the WCSS left by a Gaussian blob that the chosen split must save on top; else k = 1."""
+    one_blob_test: bool = True
+    """Keep k = 1 unless the gain is there; False is the paper's plain elbow, which never answers 1."""
     min_cluster_size: int | None = None
     """Smaller clusters merge into their neighbour; None: the smaller of 200 and 5 % of the class."""
     backend: Backend = "auto"
@@ -90,7 +92,9 @@ def cluster_class(latents: NDArray[Any], config: ElbowConfig, seed: int) -> Clas
     fits = _fit_curve(latents, k_max, config, seed)
     wcss = tuple(fit.wcss for fit in fits)
     blob = tuple(fit.wcss for fit in _fit_curve(_gaussian_blob(latents, seed), k_max, config, seed))
-    elbow = choose_num_clusters(wcss, blob, config.minimum_gain)
+    elbow = (
+        choose_num_clusters(wcss, blob, config.minimum_gain) if config.one_blob_test else chord_elbow(wcss)
+    )
     min_size = config.min_cluster_size
     if min_size is None:
         min_size = min(200, int(np.ceil(0.05 * len(latents))))

@@ -1,5 +1,6 @@
 """Ray Data steps that keep one block = one unit: whole blocks in, whole blocks out."""
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +17,10 @@ def unit_blocks(units: Sequence[Unit]) -> Dataset:
     """Return a dataset with one block of one row per unit; also stops Ray Data from splitting blocks."""
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = None
+    # Jobs print their own progress; Ray Data's plan and memory advice stay in its log files.
     context.enable_progress_bars = False
+    context.issue_detectors_config.detectors = []
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     table = pa.table({UNIT: [unit.to_json() for unit in units]})
     return ray.data.from_arrow([table.slice(row, 1) for row in range(len(units))])
 

@@ -117,7 +117,7 @@ def _labelled_units(location: str) -> list[Unit]:
 def _encode(
     units: list[Unit], classifier: Path, kind: str, device: Device, settings: RaySettings
 ) -> pa.Table:
-    shares = share_resources(device, settings)
+    shares = share_resources(device, settings, len(units))
     read = map_in_tasks(unit_blocks(units), ReadUnits(), shares)
     encoded = map_in_actors(
         map_in_tasks(read, DecodeImages(IMAGE, DecodeLimits()), shares),

@@ -140,7 +140,7 @@ def _local_output(output: str, source: str) -> str:
 
 def _run(settings: PurifyCorpusSettings, units: list[Unit], output: str, fingerprint: str) -> None:
     with ray_session(settings.ray):
-        shares = share_resources(settings.device, settings.ray)
+        shares = share_resources(settings.device, settings.ray, len(units))
         logger.info("%s", shares)
         rows, started, reported = 0, time.perf_counter(), time.perf_counter()
         planned = sum(unit.num_rows for unit in units)

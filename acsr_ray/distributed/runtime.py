@@ -69,17 +69,18 @@ class StageShares:
     tasks: int
 
 
-def share_resources(device: Device, settings: RaySettings) -> StageShares:
+def share_resources(device: Device, settings: RaySettings, num_units: int) -> StageShares:
     """Divide the connected cluster between the stages.
 
     Args:
         device: `auto` takes GPUs when the cluster has some.
         settings: number of actors, if asked for.
+        num_units: blocks to come; more actors than that would only start.
     """
     total = cluster_resources()
     cpus, gpus = max(1.0, total.get("CPU", 1.0)), total.get("GPU", 0.0)
     on_gpu = device == "cuda" or (device == "auto" and gpus > 0)
-    purify = settings.actors or int(gpus if on_gpu else cpus) or 1
+    purify = min(settings.actors or int(gpus if on_gpu else cpus) or 1, num_units)
     # Encoding costs a small part of sparse coding on CPU; on GPU both pools share each card.
     encode = purify if on_gpu else math.ceil(purify / 4)
     share = gpus / purify if on_gpu else 0.0
@@ -93,7 +94,7 @@ def share_resources(device: Device, settings: RaySettings) -> StageShares:
         purify_gpus=_rounded(0.7 * min(1.0, share)),
         select_cpus=0.05,
         task_cpus=0.2,
-        tasks=max(1, int(cpus)),
+        tasks=min(int(cpus), num_units),
     )
 
 

@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from acsr_ray.config import Described
+from acsr_ray.sparse.fourier import RealDft
 from acsr_ray.sparse.prox import soft_threshold
 
 CACHED_PIXELS = 128 * 128
@@ -53,10 +54,18 @@ class CbpdnResult:
 
 @dataclass(frozen=True)
 class _Factor:
-    """Matrices of the x-step per frequency: D (F, M, C) and its regularised adjoint (F, C, M)."""
+    """The x-step of one image size: its DFT, D (2, F, M, 2C) and the regularised adjoint (2, F, 2C, M).
 
+    Complex products are written as real ones on (real | imaginary) blocks.
+    """
+
+    dft: RealDft
     forward: Tensor
     adjoint: Tensor
+
+    def images(self, spectrum: Tensor) -> Tensor:
+        """Return D times the maps' spectrum (2, F, N, M) as (F, N, 2C)."""
+        return (spectrum @ self.forward).sum(0)
 
 
 class Cbpdn:
@@ -93,57 +102,67 @@ class Cbpdn:
         # An image smaller than an atom gets zeros to the right and below, and loses them again.
         size = (max(height, support[0]), max(width, support[1]))
         signal = F.pad(highpass, (0, size[1] - width, 0, size[0] - height))
-        maps, maps_f, factor = self._iterate(signal, size)
-        reconstruction = _images(maps_f @ factor.forward, size)
+        maps, reconstruction = self._iterate(signal, size)
         fidelity = 0.5 * (reconstruction - signal).square().sum((1, 2, 3))
-        objective = fidelity + self.config.lmbda * maps.abs().sum((0, 1, 3))
-        maps = maps.permute(2, 3, 0, 1)[..., :height, :width]
-        return CbpdnResult(maps, reconstruction[..., :height, :width], objective)
+        objective = fidelity + self.config.lmbda * maps.abs().sum((1, 2, 3))
+        return CbpdnResult(maps[..., :height, :width], reconstruction[..., :height, :width], objective)
 
     def reconstruct(self, highpass: Tensor) -> Tensor:
         """Return only the reconstruction (N, C, H, W) of a batch; see `solve`."""
         return self.solve(highpass).reconstruction
 
-    def _iterate(self, signal: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, _Factor]:
+    def _iterate(self, signal: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Run ADMM; maps live as (H, W, N, M), so that every frequency is one small matrix product."""
         factor = self._factor(size, signal)
-        signal_f = _spectrum(signal.permute(2, 3, 0, 1))
-        relaxation, threshold = self.config.relaxation, self.config.lmbda / self.config.penalty
+        dft, relaxation = factor.dft, self.config.relaxation
+        threshold = self.config.lmbda / self.config.penalty
+        signal_f = _joined(dft.forward(signal.permute(2, 3, 0, 1)))
         y = signal.new_zeros((*size, len(signal), len(self.atoms)))
         u = torch.zeros_like(y)
         for _ in range(self.config.iterations):
             # x-step: x = v + D^H (rho I + D D^H)^-1 (s - D v), v = y - u (Woodbury).
-            v_f = _spectrum(y - u)
-            x_f = v_f + (signal_f - v_f @ factor.forward) @ factor.adjoint
-            x = torch.fft.irfft2(x_f.unflatten(0, (size[0], -1)), s=size, dim=(0, 1))
+            v_f = dft.forward(y - u)
+            x = dft.inverse(v_f + (signal_f - factor.images(v_f)) @ factor.adjoint)
             relaxed = relaxation * x + (1 - relaxation) * y + u
             y = soft_threshold(relaxed, threshold)
             u = relaxed - y
-        return y, _spectrum(y), factor
+        channels = signal.shape[1]
+        product = factor.images(dft.forward(y)).unflatten(-1, (2, channels)).movedim(-2, 0)
+        return y.permute(2, 3, 0, 1), dft.inverse(product).permute(2, 3, 0, 1)
 
     def _factor(self, size: tuple[int, int], like: Tensor) -> _Factor:
         key = (*size, like.dtype, like.device)
         if key in self._factors:
             return self._factors[key]
         atoms = self.atoms.to(like.device, like.dtype).permute(2, 3, 0, 1)
-        padded = F.pad(atoms, (0, 0, 0, 0, 0, size[1] - atoms.shape[1], 0, size[0] - atoms.shape[0]))
-        forward = _spectrum(padded)
-        channels = forward.shape[-1]
-        identity = torch.eye(channels, dtype=forward.dtype, device=forward.device)
-        # Rows are images here, so products run from the right and the adjoint is conj() without transpose.
+        padding = (0, 0, 0, 0, 0, size[1] - atoms.shape[1], 0, size[0] - atoms.shape[0])
+        dft = RealDft(*size, like.dtype, like.device)
+        real, imaginary = dft.forward(F.pad(atoms, padding))
+        forward = torch.complex(real, imaginary)
+        identity = torch.eye(forward.shape[-1], dtype=forward.dtype, device=forward.device)
+        # Images are rows here, so products run from the right and the adjoint stays untransposed.
         gram = forward.mH @ forward + self.config.penalty * identity
-        factor = _Factor(forward, torch.linalg.solve(gram, forward.mH))
+        adjoint = torch.linalg.solve(gram, forward.mH)
+        factor = _Factor(
+            dft,
+            torch.stack(
+                (
+                    torch.cat((forward.real, forward.imag), -1),
+                    torch.cat((-forward.imag, forward.real), -1),
+                )
+            ),
+            torch.stack(
+                (
+                    torch.cat((adjoint.real, -adjoint.imag), -2),
+                    torch.cat((adjoint.imag, adjoint.real), -2),
+                )
+            ),
+        )
         if math.prod(size) <= CACHED_PIXELS:
             self._factors = {**self._factors, key: factor}
         return factor
 
 
-def _spectrum(arrays: Tensor) -> Tensor:
-    """Return the DFT of (H, W, ...) over the first two axes as (F, ...), F = H (W // 2 + 1)."""
-    return torch.fft.rfft2(arrays, dim=(0, 1)).flatten(0, 1)
-
-
-def _images(spectrum: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return the images (N, C, H, W) of a spectrum (F, N, C)."""
-    images = torch.fft.irfft2(spectrum.unflatten(0, (size[0], -1)), s=size, dim=(0, 1))
-    return images.permute(2, 3, 0, 1)
+def _joined(spectrum: Tensor) -> Tensor:
+    """Return (2, F, N, C) as (F, N, 2C), real parts first."""
+    return torch.cat((spectrum[0], spectrum[1]), -1)

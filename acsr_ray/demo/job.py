@@ -1,0 +1,16 @@
+"""Entry point of `purify_corpus`: a corpus, or the demo that brings its own."""
+
+from typing import Any
+
+from acsr_ray.distributed.purify import PurifyCorpusSettings, purify_corpus
+
+__all__ = ["PurifyCorpusSettings", "purify_or_demo"]
+
+
+def purify_or_demo(settings: PurifyCorpusSettings) -> dict[str, Any]:
+    """Run the demo when asked for, else purify the corpus."""
+    if not settings.demo:
+        return purify_corpus(settings)
+    from acsr_ray.demo.run import run_demo
+
+    return run_demo(settings)

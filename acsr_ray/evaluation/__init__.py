@@ -1,0 +1,1 @@
+"""What purification buys: accuracies with intervals, and pictures."""

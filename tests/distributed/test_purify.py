@@ -1,0 +1,210 @@
+"""The pipeline on Ray: every row once and in order, the same bytes however it is run, kill and resume."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from acsr_ray.columns import OUTCOME, STATUS
+from acsr_ray.corpus.images import DecodeLimits, decode_image, encode_png
+from acsr_ray.corpus.sources import CorpusError
+from acsr_ray.distributed.purify import PurifyCorpusSettings, purify_corpus
+from acsr_ray.distributed.runtime import RaySettings
+
+pytestmark = pytest.mark.ray
+
+ROWS, SIDE = 60, 16
+
+
+def write_corpus(path: Path, rows: int = ROWS, seed: int = 0) -> Path:
+    generator = np.random.default_rng(seed)
+    coarse = generator.integers(0, 256, (rows, SIDE // 4, SIDE // 4, 3), dtype=np.uint8)
+    pixels = coarse.repeat(4, axis=1).repeat(4, axis=2)
+    cells = [{"bytes": encode_png(image), "path": f"{i}.png"} for i, image in enumerate(pixels)]
+    table = pa.table(
+        {
+            "image_id": [f"id-{i}" for i in range(rows)],
+            "image": pa.array(cells, pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+            "label": pa.array(generator.integers(0, 3, rows), pa.int64()),
+        }
+    ).replace_schema_metadata({"huggingface": "{}"})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path, row_group_size=25)
+    return path
+
+
+def settings(source: Path, output: Path, bundle: Path, **changes: object) -> PurifyCorpusSettings:
+    fields = {
+        "input": str(source),
+        "output": str(output),
+        "bundle": str(bundle),
+        "unit_rows": 20,
+        **changes,
+    }
+    return PurifyCorpusSettings.model_validate(fields)
+
+
+def read_output(output: Path) -> pa.Table:
+    return pa.concat_tables(pq.read_table(path) for path in sorted((output / "data").glob("*.parquet")))
+
+
+def image_digests(output: Path) -> list[str]:
+    cells = read_output(output)["image"].to_pylist()
+    return [hashlib.sha256(cell["bytes"]).hexdigest() for cell in cells]
+
+
+def test_every_row_once_in_order_with_every_column(tmp_path, tiny_bundle, ray_local):
+    source = write_corpus(tmp_path / "in" / "a.parquet")
+    summary = purify_corpus(settings(tmp_path / "in", tmp_path / "out", tiny_bundle))
+    before, after = pq.read_table(source), read_output(tmp_path / "out")
+    assert summary["images"] == ROWS
+    assert summary["statuses"] == {"purified": ROWS}
+    assert after.column_names == [*before.column_names, *OUTCOME.names]
+    assert after["image_id"].to_pylist() == before["image_id"].to_pylist()
+    assert after["label"].equals(before["label"])
+    assert after.schema.metadata[b"huggingface"] == b"{}"
+    shapes = {decode_image(c["bytes"], DecodeLimits()).shape for c in after["image"].to_pylist()}
+    assert shapes == {(SIDE, SIDE, 3)}
+    changed = [
+        a["bytes"] != b["bytes"]
+        for a, b in zip(after["image"].to_pylist(), before["image"].to_pylist(), strict=True)
+    ]
+    assert all(changed)
+
+
+def test_a_second_run_does_nothing_and_a_changed_shard_is_redone(tmp_path, tiny_bundle, ray_local):
+    write_corpus(tmp_path / "in" / "a.parquet", 30)
+    write_corpus(tmp_path / "in" / "b.parquet", 20, seed=1)
+    run = settings(tmp_path / "in", tmp_path / "out", tiny_bundle)
+    purify_corpus(run)
+    data = tmp_path / "out" / "data"
+    stamps = {path.name: path.stat().st_mtime_ns for path in data.iterdir()}
+    assert "nothing to do" in purify_corpus(run)["this run"]
+    assert {path.name: path.stat().st_mtime_ns for path in data.iterdir()} == stamps
+
+    write_corpus(tmp_path / "in" / "b.parquet", 20, seed=2)
+    assert purify_corpus(run)["this run"] == "20 images in 1 units"
+    names = {path.name for path in data.iterdir()}
+    assert len(names) == len(stamps)
+    assert {name for name in names if name.startswith("a.")} < stamps.keys()
+    assert {name for name in names if name.startswith("b.")}.isdisjoint(stamps)
+
+
+def test_batch_size_actors_and_units_do_not_change_a_byte(tmp_path, tiny_bundle, ray_local):
+    write_corpus(tmp_path / "a.parquet", 30)
+    variants = [
+        {"batch_size": 1, "ray": RaySettings(actors=1)},
+        {"batch_size": 7, "ray": RaySettings(actors=2)},
+        {"batch_size": 64, "ray": RaySettings(actors=1), "unit_rows": 30},
+    ]
+    digests = []
+    for number, changes in enumerate(variants):
+        output = tmp_path / f"out-{number}"
+        purify_corpus(settings(tmp_path / "a.parquet", output, tiny_bundle, **changes))
+        digests.append(image_digests(output))
+    assert len(set(digests[0])) == 30
+    assert digests[1] == digests[0]
+    assert digests[2] == digests[0]
+
+
+def test_damaged_rows_are_quarantined_and_the_rest_is_done(tmp_path, tiny_bundle, ray_local):
+    source = write_corpus(tmp_path / "a.parquet", 24)
+    table = pq.read_table(source)
+    cells = table["image"].to_pylist()
+    good = cells[3]["bytes"]
+    damage = {3: good[: len(good) // 2], 7: b"", 11: b"this is text", 15: None}
+    for row, data in damage.items():
+        cells[row] = {"bytes": data, "path": cells[row]["path"]}
+    pq.write_table(table.set_column(1, "image", pa.array(cells, table.schema.field("image").type)), source)
+    summary = purify_corpus(settings(source, tmp_path / "out", tiny_bundle))
+    assert summary["statuses"] == {"purified": 20, "quarantined": 4}
+    assert summary["quarantined"] == {
+        "decode_error": 1,
+        "empty": 1,
+        "unsupported_format": 1,
+        "null_image": 1,
+    }
+    after = read_output(tmp_path / "out").to_pylist()
+    assert [row["image_id"] for row in after] == [f"id-{i}" for i in range(24)]
+    for number, row in enumerate(after):
+        assert (row["image"] is None) == (number in damage)
+        assert (row["acsr_reason"] is not None) == (number in damage)
+        assert (row["acsr_residual"] is None) == (number in damage)
+    kept = pa.concat_tables(
+        pq.read_table(path) for path in sorted((tmp_path / "out/_acsr/quarantine").glob("*.parquet"))
+    ).to_pylist()
+    assert {row["row"]: row["bytes"] for row in kept} == damage
+
+
+def test_other_settings_over_an_output_are_refused(tmp_path, tiny_bundle, ray_local):
+    write_corpus(tmp_path / "a.parquet", 4)
+    run = settings(tmp_path / "a.parquet", tmp_path / "out", tiny_bundle)
+    purify_corpus(run)
+    for changes in ({"limit": 2}, {"unit_rows": 3}, {"keep_original": True}):
+        with pytest.raises(CorpusError, match=next(iter(changes))):
+            purify_corpus(run.model_copy(update=changes))
+    with pytest.raises(CorpusError, match="purified before"):
+        purify_corpus(settings(tmp_path / "out" / "data", tmp_path / "twice", tiny_bundle))
+
+
+def test_a_folder_of_photos_keeps_each_size(tmp_path, tiny_bundle, ray_local):
+    from PIL import Image
+
+    generator = np.random.default_rng(0)
+    sizes = {"cat/a.png": ("RGB", (40, 31)), "cat/b.png": ("RGBA", (17, 23)), "dog/c.png": ("L", (33, 9))}
+    for name, (mode, size) in sizes.items():
+        shape = (size[1], size[0], len(mode)) if len(mode) > 1 else (size[1], size[0])
+        path = tmp_path / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, shape, dtype=np.uint8), mode).save(path)
+    purify_corpus(settings(tmp_path / "photos", tmp_path / "out", tiny_bundle))
+    rows = read_output(tmp_path / "out").to_pylist()
+    assert [row["image"]["path"] for row in rows] == sorted(sizes)
+    assert [row["label"] for row in rows] == [0, 0, 1]
+    for row in rows:
+        width, height = sizes[row["image"]["path"]][1]
+        pixels = decode_image(row["image"]["bytes"], DecodeLimits())
+        assert pixels.shape == (height, width, 3)
+
+
+def test_a_killed_driver_is_resumed_without_loss_or_repetition(tmp_path, tiny_bundle):
+    source = write_corpus(tmp_path / "in" / "a.parquet", 120)
+    output = tmp_path / "out"
+    command = [
+        *(sys.executable, "-m", "acsr_ray.cli", "purify-corpus", "--input", str(source.parent)),
+        *("--output", str(output), "--bundle", str(tiny_bundle), "--unit-rows", "4"),
+        *("--ray.actors", "1", "--ray.object-store-megabytes", "100"),
+    ]
+    first = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while len(list(output.glob("data/*.parquet"))) < 3:
+        assert first.poll() is None, "finished before it could be killed"
+        assert time.monotonic() < deadline, "nothing was published"
+        time.sleep(0.02)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    done = {path.name: path.stat().st_ino for path in (output / "data").glob("*.parquet")}
+    assert 3 <= len(done) < 30, "the kill came too late to prove anything"
+    assert not (output / "_acsr" / "manifest.json").exists()
+    for path in (output / "data").glob("*.parquet"):
+        assert pq.read_table(path).num_rows == 4
+
+    second = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert second.returncode == 0, second.stderr
+    assert "nothing to do" not in second.stdout
+    after = read_output(output)
+    assert after["image_id"].to_pylist() == [f"id-{i}" for i in range(120)]
+    assert set(after[STATUS].to_pylist()) == {"purified"}
+    now = {path.name: path.stat().st_ino for path in (output / "data").glob("*.parquet")}
+    assert {name: now[name] for name in done} == done, "a finished unit was written again"
+    assert not list((output / "_acsr" / "staging").glob("*"))
