@@ -17,12 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from acsr_ray import __version__
+from acsr_ray.config import AcsrError
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
 
 
-class ArtifactError(RuntimeError):
+class ArtifactError(AcsrError, RuntimeError):
     """An artifact that is missing, of another kind or version, or whose bytes were changed."""
 
 

@@ -8,9 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from acsr_ray.artifacts import ArtifactError
-from acsr_ray.config import JOBS, JobSettings, did_you_mean, parse_job
-from acsr_ray.corpus.sources import CorpusError
+from acsr_ray.config import JOBS, AcsrError, JobSettings, did_you_mean, parse_job
 
 # job -> (module, settings class, function); imported only when the job runs, so --help stays quick.
 ENTRY_POINTS: Mapping[str, tuple[str, str, str]] = {
@@ -37,7 +35,7 @@ def run_job(job: str, args: Sequence[str] | None = None) -> None:
     started = time.perf_counter()
     try:
         summary = function(settings)
-    except (CorpusError, ArtifactError) as error:
+    except AcsrError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     print(f"\n{job}: done in {time.perf_counter() - started:.1f} s")

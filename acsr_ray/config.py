@@ -34,7 +34,11 @@ class JobSettings(Settings):
     """YAML file with one section per job; flags given on the command line override it."""
 
 
-class ConfigError(ValueError):
+class AcsrError(Exception):
+    """Base of the errors a user can act on: jobs print their message alone and exit 2."""
+
+
+class ConfigError(AcsrError, ValueError):
     """A settings file or flag that cannot be used; the message names the key."""
 
 

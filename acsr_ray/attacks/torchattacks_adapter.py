@@ -4,15 +4,19 @@ torchattacks is the optional extra `attacks`. Its defaults change between versio
 passed; it reseeds the global generator, so that is restored.
 """
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from acsr_ray.config import AcsrError
 
-class MissingExtraError(RuntimeError):
+
+class MissingExtraError(AcsrError, RuntimeError):
     """An optional dependency is not installed; the message says how to get it."""
 
 
@@ -70,6 +74,14 @@ def round_to_pixels(images: Tensor) -> Tensor:
     return (images * 255).round().clamp(0, 255) / 255
 
 
+def load_torchattacks() -> ModuleType:
+    """Return the package; `MissingExtraError` with the command to install it when it is absent."""
+    try:
+        return importlib.import_module("torchattacks")
+    except ImportError as error:
+        raise MissingExtraError("torchattacks is not installed: pip install 'acsr-ray[attacks]'") from error
+
+
 def _call(
     spec: AttackSpec,
     strength: Mapping[str, Any],
@@ -78,10 +90,7 @@ def _call(
     labels: Tensor,
     seed: int,
 ) -> Tensor:
-    try:
-        import torchattacks
-    except ImportError as error:
-        raise MissingExtraError("torchattacks is not installed: pip install 'acsr-ray[attacks]'") from error
+    torchattacks = load_torchattacks()
     if not hasattr(torchattacks, spec.name):
         raise ValueError(f"torchattacks has no attack {spec.name!r}")
     build: Callable[..., Any] = getattr(torchattacks, spec.name)

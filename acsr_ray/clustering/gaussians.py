@@ -11,7 +11,6 @@ from typing import Any, Literal, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.covariance import ledoit_wolf
 from torch import Tensor
 
 Inverse = Literal["shrinkage", "pinv"]
@@ -115,6 +114,9 @@ def fit_gaussians(
 def _whiten(centred: NDArray[Any], inverse: Inverse) -> tuple[NDArray[Any], float]:
     """Return the lower-triangular whitening of centred rows (n, L) and the covariance's log determinant."""
     if inverse == "shrinkage":
+        # Imported here, because every purification actor loads this module and none of them fits.
+        from sklearn.covariance import ledoit_wolf
+
         covariance, _ = ledoit_wolf(centred, assume_centered=True)
         # A lone or constant cluster has zero covariance; the floor keeps it invertible.
         scale = max(np.trace(covariance) / len(covariance), 1e-12)

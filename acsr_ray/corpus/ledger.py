@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -104,10 +105,30 @@ class Ledger:
         self._write_receipt(receipt)
         return receipt
 
-    def commit(self, receipts: Sequence[Receipt]) -> None:
-        """Write the snapshot of a finished run and remove what it no longer lists."""
+    def known_shards(self) -> dict[str, tuple[str, str]]:
+        """Return (version, content digest) by URI of the shards in the last snapshot."""
+        path = self.private / "manifest.json"
+        if not path.exists():
+            return {}
+        shards: dict[str, list[str]] = json.loads(path.read_text())["shards"]
+        return {uri: (version, content) for uri, (version, content) in shards.items()}
+
+    def commit(
+        self,
+        receipts: Sequence[Receipt],
+        shards: Mapping[str, tuple[str, str]] = MappingProxyType({}),
+    ) -> None:
+        """Write the snapshot of a finished run and remove what it no longer lists.
+
+        Args:
+            receipts: every unit that belongs to the output now.
+            shards: (version, content digest) of the input's shards by URI.
+        """
         files = {receipt.name: {"rows": receipt.rows, **receipt.statuses} for receipt in receipts}
-        write_json(self.private / "manifest.json", {"schema_version": MANIFEST_VERSION, "files": files})
+        write_json(
+            self.private / "manifest.json",
+            {"schema_version": MANIFEST_VERSION, "files": files, "shards": dict(shards)},
+        )
         for name in self.published() - files.keys():
             (self.private / "quarantine" / name).unlink(missing_ok=True)
             (self.data / name).unlink()
@@ -122,7 +143,7 @@ class Ledger:
     def _stage(self, table: pa.Table) -> Path:
         path = self.private / "staging" / f"{uuid.uuid4().hex}.tmp"
         path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table, path, compression="none")
+        pq.write_table(table, path)
         with path.open("rb") as file:
             os.fsync(file.fileno())
         if pq.read_metadata(path).num_rows != table.num_rows:

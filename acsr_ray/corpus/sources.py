@@ -12,13 +12,15 @@ import fsspec
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
+from acsr_ray.config import AcsrError
+
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2", ".avif"}
 )
 """Files of a folder that are rows. A listed format that the decoder refuses is quarantined, not skipped."""
 
 
-class CorpusError(ValueError):
+class CorpusError(AcsrError, ValueError):
     """A corpus that cannot be read as asked; the message names the path and what is wrong."""
 
 

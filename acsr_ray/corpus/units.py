@@ -6,8 +6,9 @@ bytes do, so a rewritten shard is redone and an untouched one is not.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Self
 
 import fsspec
@@ -34,6 +35,8 @@ class Unit:
     """Digest of what decides the input pixels."""
     files: tuple[tuple[str, str, int | None], ...] = ()
     """(uri, relative path, label) of each image; empty for Parquet."""
+    version: str = ""
+    """Size and time of the shard when it was planned; tells that `content` still holds without reading."""
 
     @property
     def num_rows(self) -> int:
@@ -61,7 +64,13 @@ class Unit:
 
 
 def plan_units(
-    location: str, *, image_column: str, unit_rows: int, unit_megabytes: float, limit: int | None
+    location: str,
+    *,
+    image_column: str,
+    unit_rows: int,
+    unit_megabytes: float,
+    limit: int | None,
+    known: Mapping[str, tuple[str, str]] = MappingProxyType({}),
 ) -> list[Unit]:
     """Cut a corpus into units in input order.
 
@@ -71,6 +80,7 @@ def plan_units(
         unit_rows: most rows of a unit.
         unit_megabytes: decoded MiB aimed at; units of large images have fewer rows.
         limit: only the first so many rows of the corpus.
+        known: (version, content digest) of shards by URI; a shard of that version is not hashed again.
 
     Raises:
         CorpusError: an unusable schema, or nothing to read.
@@ -81,7 +91,7 @@ def plan_units(
     planned = (
         _folder_units(source, unit_rows)
         if isinstance(source, ImageFolder)
-        else _shard_units(source, image_column, unit_rows, unit_megabytes)
+        else _shard_units(source, image_column, unit_rows, unit_megabytes, known)
     )
     for unit in planned:
         if left is not None and unit.num_rows > left:
@@ -101,7 +111,11 @@ def _shortened(unit: Unit, rows: int) -> Unit:
 
 
 def _shard_units(
-    shards: Sequence[Shard], image_column: str, unit_rows: int, unit_megabytes: float
+    shards: Sequence[Shard],
+    image_column: str,
+    unit_rows: int,
+    unit_megabytes: float,
+    known: Mapping[str, tuple[str, str]],
 ) -> Iterator[Unit]:
     for shard in shards:
         try:
@@ -112,12 +126,14 @@ def _shard_units(
             raise CorpusError(f"{shard.uri} is not a readable Parquet file: {error}") from error
         if not num_rows:
             continue
-        content = _file_digest(shard.uri)
+        version, content = known.get(shard.uri, ("", ""))
+        if version != shard.version:
+            content = _file_digest(shard.uri)
         fitting = int(unit_megabytes * 2**20 * num_rows / max(1, encoded * EXPANSION))
         step = max(1, min(unit_rows, fitting))
         for first in range(0, num_rows, step):
             last = min(first + step, num_rows) - 1
-            yield Unit(shard.uri, shard.relative, first, last, content)
+            yield Unit(shard.uri, shard.relative, first, last, content, version=shard.version)
 
 
 def check_schema(schema: pa.Schema, image_column: str, uri: str) -> None:

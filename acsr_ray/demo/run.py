@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from acsr_ray.attacks.torchattacks_adapter import AttackSpec, run_attack
+from acsr_ray.attacks.torchattacks_adapter import AttackSpec, load_torchattacks, run_attack
 from acsr_ray.clustering.elbow import ElbowConfig
 from acsr_ray.columns import CLASS, IMAGE
 from acsr_ray.corpus.images import (
@@ -70,6 +70,7 @@ class Outcome:
 
 def run_demo(settings: PurifyCorpusSettings) -> dict[str, Any]:
     """Run everything, write `report.html` into the demo's folder and return the closing summary."""
+    load_torchattacks()
     # One Ray for all stages; each would start its own.
     with ray_session(settings.ray):
         return _run(settings, Path(settings.output or "demo"))

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from acsr_ray.artifacts import json_digest, load_tensors, save_tensors
-from acsr_ray.config import Described
+from acsr_ray.config import AcsrError, Described
 from acsr_ray.corpus.images import DecodeLimits, to_unit_range
 from acsr_ray.corpus.rows import crop_alike, read_rows
 from acsr_ray.sparse.cdl import CdlConfig, learn_dictionary
@@ -48,7 +48,7 @@ class ClusterImages:
     rows: tuple[tuple[str, int], ...]
 
 
-class DictionaryError(RuntimeError):
+class DictionaryError(AcsrError, RuntimeError):
     """Some clusters have no dictionary; the message names them and why. The others are kept."""
 
 

@@ -85,16 +85,17 @@ def purify_corpus(settings: PurifyCorpusSettings) -> dict[str, Any]:
     if not settings.input or not settings.output:
         raise CorpusError("--input and --output are needed (or --demo, which needs neither)")
     output = _local_output(settings.output, settings.input)
+    ledger = Ledger(output)
     units = plan_units(
         settings.input,
         image_column=settings.image_column,
         unit_rows=settings.unit_rows,
         unit_megabytes=settings.unit_megabytes,
         limit=settings.limit,
+        known=ledger.known_shards(),
     )
     deciding = deciding_settings(settings)
     fingerprint = json_digest(deciding)
-    ledger = Ledger(output)
     ledger.claim(
         {
             **deciding,
@@ -113,7 +114,8 @@ def purify_corpus(settings: PurifyCorpusSettings) -> dict[str, Any]:
         _run(settings, pending, output, fingerprint)
     elapsed = time.perf_counter() - started
     receipts = [ledger.receipt(name) for name in names]
-    ledger.commit(receipts)
+    shards = {unit.uri: (unit.version, unit.content) for unit in units if unit.version}
+    ledger.commit(receipts, shards)
     return _summary(receipts, names, finished, elapsed, str(ledger.data))
 
 

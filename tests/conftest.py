@@ -1,0 +1,162 @@
+"""Fixtures shared by the tests: synthetic images, small shards, a tiny bundle, a local Ray."""
+
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from acsr_ray.clustering.gaussians import fit_gaussians
+from acsr_ray.models.classifier import EncoderConfig, encode, restore_encoder
+from acsr_ray.models.wide_resnet import build_wide_resnet
+from acsr_ray.purification.bundle import Bundle, BundleConfig, save_bundle
+from acsr_ray.sparse.cbpdn import CbpdnConfig
+from acsr_ray.sparse.prox import project_atoms
+
+torch.set_num_threads(1)
+
+CLASS_NAMES = ("ant", "bee", "cat")
+# (class, cluster within the class) of the tiny bundle's four clusters.
+CLUSTERS = np.array([(0, 0), (0, 1), (1, 0), (2, 0)])
+IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def draw_smooth(count: int, height: int, width: int, seed: int) -> np.ndarray:
+    """Return smooth random RGB images with some texture, (count, height, width, 3) uint8."""
+    generator = np.random.default_rng(seed)
+    coarse = generator.integers(0, 256, (count, 4, 4, 3)).astype(np.uint8)
+    images = [Image.fromarray(grid).resize((width, height), Image.Resampling.BICUBIC) for grid in coarse]
+    texture = generator.normal(0, 12, (count, height, width, 3))
+    return np.clip(np.stack([np.asarray(image) for image in images]) + texture, 0, 255).astype(np.uint8)
+
+
+def encode_image(pixels: np.ndarray, fmt: str = "PNG", **options: Any) -> bytes:
+    """Encode (H, W, 3) or (H, W) uint8 pixels with Pillow."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, fmt, **options)
+    return buffer.getvalue()
+
+
+def image_table(cells: Sequence[bytes | None]) -> pa.Table:
+    """Return a table in the Hugging Face layout: id, image {bytes, path}, label, caption."""
+    names = [f"{row}.png" for row in range(len(cells))]
+    images = [{"bytes": data, "path": name} for data, name in zip(cells, names, strict=True)]
+    features = {
+        "id": {"dtype": "int64", "_type": "Value"},
+        "image": {"_type": "Image"},
+        "label": {"names": list(CLASS_NAMES), "_type": "ClassLabel"},
+        "caption": {"dtype": "string", "_type": "Value"},
+    }
+    columns = {
+        "id": pa.array(range(1000, 1000 + len(cells)), pa.int64()),
+        "image": pa.array(images, IMAGE_TYPE),
+        "label": pa.array([row % 3 for row in range(len(cells))], pa.int64()),
+        "caption": pa.array([None if row % 4 == 3 else f"image {row}" for row in range(len(cells))]),
+    }
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    return pa.table(columns).replace_schema_metadata(metadata)
+
+
+def write_table(path: Path, table: pa.Table, row_group_size: int | None = None) -> Path:
+    """Write a table as Parquet, making the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path, row_group_size=row_group_size)
+    return path
+
+
+def write_image_shard(
+    path: Path, count: int = 6, side: int = 16, seed: int = 0, row_group_size: int | None = None
+) -> Path:
+    """Write a shard of `count` smooth PNG images of one size in the Hugging Face layout."""
+    cells = [encode_image(pixels) for pixels in draw_smooth(count, side, side, seed)]
+    return write_table(path, image_table(cells), row_group_size)
+
+
+def build_tiny_bundle(directory: Path, **config: Any) -> Path:
+    """Save a bundle with a random but fixed WRN-10-1, four clusters of three classes and 8 atoms of 3x5x5.
+
+    Args:
+        directory: where.
+        config: fields of `BundleConfig` that replace the defaults below.
+    """
+    encoder = EncoderConfig(architecture="wrn-10-1", num_classes=len(CLASS_NAMES), image_size=16)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        weights = build_wide_resnet(encoder.architecture, encoder.num_classes).state_dict()
+        atoms = torch.stack([project_atoms(torch.randn(8, 3, 5, 5)) for _ in CLUSTERS])
+    images = torch.from_numpy(draw_smooth(160, 16, 16, seed=11)).permute(0, 3, 1, 2) / 255
+    with torch.no_grad():
+        latents = encode(restore_encoder(encoder, weights), images, encoder.image_size).numpy()
+    # Quarters along the main direction of the latents: clusters that new images really choose between.
+    centred = latents - latents.mean(0)
+    rank = (centred @ np.linalg.svd(centred, full_matrices=False)[2][0]).argsort().argsort()
+    quarter = rank * len(CLUSTERS) // len(rank)
+    gaussians = fit_gaussians(latents, CLUSTERS[quarter, 0], CLUSTERS[quarter, 1])
+    settings = {
+        "name": "tiny",
+        "class_names": CLASS_NAMES,
+        "encoder": encoder,
+        "cbpdn": CbpdnConfig(iterations=10),
+        **config,
+    }
+    bundle = Bundle(BundleConfig(**settings), weights, gaussians, atoms)
+    save_bundle(directory, bundle, {"origin": "tests"})
+    return directory
+
+
+@pytest.fixture(scope="session")
+def smooth_pixels() -> Callable[..., np.ndarray]:
+    return draw_smooth
+
+
+@pytest.fixture(scope="session")
+def encoded() -> Callable[..., bytes]:
+    return encode_image
+
+
+@pytest.fixture(scope="session")
+def hf_table() -> Callable[..., pa.Table]:
+    return image_table
+
+
+@pytest.fixture(scope="session")
+def write_parquet() -> Callable[..., Path]:
+    return write_table
+
+
+@pytest.fixture(scope="session")
+def write_shard() -> Callable[..., Path]:
+    return write_image_shard
+
+
+@pytest.fixture(scope="session")
+def make_bundle() -> Callable[..., Path]:
+    return build_tiny_bundle
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_bundle(tmp_path_factory.mktemp("bundle") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def ray_local() -> Iterator[None]:
+    """A local Ray with two CPUs, started when the first test asks for it."""
+    import ray
+
+    ray.init(
+        "local",
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=200 * 2**20,
+        log_to_driver=False,
+    )
+    yield
+    ray.shutdown()

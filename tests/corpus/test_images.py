@@ -1,0 +1,321 @@
+"""Decoding: every reason for refusal, every conversion to RGB, and nothing but `ImageError` on damage."""
+
+import io
+import struct
+import time
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from acsr_ray.corpus.images import (
+    DecodeLimits,
+    ImageError,
+    decode_image,
+    encode_png,
+    to_pixels,
+    to_unit_range,
+)
+
+LIMITS = DecodeLimits()
+GENERATOR = np.random.default_rng(0)
+PIXELS = GENERATOR.integers(0, 256, (9, 14, 3)).astype(np.uint8)
+IMAGE = Image.fromarray(PIXELS)
+ORIENTATION = 0x0112
+
+
+def encoded(image: Image.Image, fmt: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, fmt, **options)
+    return buffer.getvalue()
+
+
+def reason_of(data: bytes | None, limits: DecodeLimits = LIMITS) -> str:
+    with pytest.raises(ImageError) as error_info:
+        decode_image(data, limits)
+    return error_info.value.reason
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def forged_png(width: int, height: int) -> bytes:
+    """Return a tiny PNG whose header claims a size."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    rows = zlib.compress(bytes(100_000))
+    parts = [png_chunk(b"IHDR", header), png_chunk(b"IDAT", rows), png_chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def exif_entries(*entries: tuple[int, int, int, bytes]) -> bytes:
+    """Return raw EXIF of (tag, type, count, value) entries, which Pillow would not write itself."""
+    body = b"".join(struct.pack("<HHI4s", *entry) for entry in sorted(entries))
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + body + bytes(4)
+
+
+@pytest.mark.parametrize(("data", "reason"), [(None, "null_image"), (b"", "empty")])
+def test_nothing_to_decode(data, reason):
+    assert reason_of(data) == reason
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        DecodeLimits(max_megabytes=100 / 2**20),
+        DecodeLimits(max_side=13),
+        DecodeLimits(max_megapixels=125e-6),
+    ],
+    ids=["bytes", "side", "pixels"],
+)
+def test_too_large(limits):
+    assert reason_of(encode_png(PIXELS), limits) == "too_large"
+
+
+def test_limits_are_inclusive():
+    data = encode_png(PIXELS)
+    limits = DecodeLimits(max_megabytes=len(data) / 2**20, max_side=14, max_megapixels=126e-6)
+    assert np.array_equal(decode_image(data, limits), PIXELS)
+
+
+@pytest.mark.parametrize("size", [(20_000, 20_000), (16_385, 1), (8_000, 8_000), (2**31 - 1, 2**31 - 1)])
+def test_forged_sizes_are_refused_on_the_header(size):
+    data = forged_png(*size)
+    started = time.perf_counter()
+    assert reason_of(data) == "too_large"
+    # Decoding 64 million pixels or more takes far longer, if memory allows it at all.
+    assert time.perf_counter() - started < 0.25
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"This is a text file, not an image.",
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        encoded(IMAGE.quantize(16), "GIF"),
+        encoded(IMAGE, "TIFF"),
+        encoded(IMAGE, "PPM"),
+        encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"),
+        bytes(64),
+    ],
+    ids=["text", "svg", "gif", "tiff", "ppm", "float-tiff", "zeros"],
+)
+def test_unsupported_format(data):
+    assert reason_of(data) == "unsupported_format"
+
+
+@pytest.mark.parametrize("fmt", ["PNG", "JPEG", "WEBP", "BMP"])
+@pytest.mark.parametrize("kept", [0.1, 0.5, 0.9])
+def test_truncated_images(fmt, kept):
+    noise = GENERATOR.integers(0, 256, (40, 40, 3)).astype(np.uint8)
+    data = encoded(Image.fromarray(noise), fmt)
+    assert reason_of(data[: int(kept * len(data))]) == "decode_error"
+
+
+@pytest.mark.parametrize("magic", [b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF\x04\0\0\0WEBP", b"BM"])
+def test_a_signature_alone_is_a_damaged_image(magic):
+    assert reason_of(magic) == "decode_error"
+
+
+@pytest.mark.parametrize("size", [(0, 5), (5, 0)])
+def test_images_without_pixels(size):
+    assert reason_of(forged_png(*size)) == "decode_error"
+
+
+def test_rgb_formats_keep_their_pixels():
+    for fmt, options in (("PNG", {}), ("BMP", {}), ("WEBP", {"lossless": True})):
+        assert np.array_equal(decode_image(encoded(IMAGE, fmt, **options), LIMITS), PIXELS), fmt
+
+
+def test_grey_becomes_three_equal_channels():
+    grey = PIXELS[..., 0]
+    decoded = decode_image(encoded(Image.fromarray(grey)), LIMITS)
+    assert np.array_equal(decoded, np.repeat(grey[..., None], 3, axis=2))
+
+
+def test_one_bit_becomes_black_and_white():
+    bits = PIXELS[..., 0] > 127
+    decoded = decode_image(encoded(Image.fromarray(bits)), LIMITS)
+    assert np.array_equal(decoded, np.repeat(255 * bits[..., None].astype(np.uint8), 3, axis=2))
+
+
+def over_white(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    weight = alpha[..., None].astype(float) / 255
+    return colour * weight + 255 * (1 - weight)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_alpha_is_composited_over_white(mode):
+    alpha = GENERATOR.integers(0, 256, PIXELS.shape[:2]).astype(np.uint8)
+    alpha[0], alpha[1] = 0, 255
+    image = IMAGE.convert("L" if mode == "LA" else "RGB")
+    colour = np.asarray(image.convert("RGB"))
+    image.putalpha(Image.fromarray(alpha))
+    assert image.mode == mode
+    decoded = decode_image(encoded(image), LIMITS).astype(float)
+    assert np.abs(decoded - over_white(colour, alpha)).max() <= 1
+    assert (decoded[0] == 255).all()
+    assert np.array_equal(decoded[1], colour[1])
+
+
+@pytest.mark.parametrize("transparency", [0, bytes([255, 0, 128])], ids=["one-index", "table"])
+def test_palette_with_transparency_is_composited_over_white(transparency):
+    image = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
+    image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    decoded = decode_image(encoded(image, transparency=transparency), LIMITS)[0].tolist()
+    if transparency == 0:
+        assert decoded == [[255, 255, 255], [0, 255, 0], [0, 0, 255]]
+    else:
+        assert decoded[:2] == [[255, 0, 0], [255, 255, 255]]
+        assert decoded[2][2] == 255
+        assert abs(decoded[2][0] - 127) <= 1
+
+
+def test_colour_key_transparency_is_composited_over_white():
+    image = Image.fromarray(np.array([[[9, 8, 7], [1, 2, 3]]], np.uint8))
+    decoded = decode_image(encoded(image, transparency=(9, 8, 7)), LIMITS)
+    assert decoded.tolist() == [[[255, 255, 255], [1, 2, 3]]]
+
+
+def test_palette_without_transparency():
+    image = IMAGE.quantize(16)
+    assert np.array_equal(decode_image(encoded(image), LIMITS), np.asarray(image.convert("RGB")))
+
+
+def test_cmyk_jpeg():
+    colours = {"red": (255, 0, 0), "white": (255, 255, 255), "navy": (0, 0, 128)}
+    for name, rgb in colours.items():
+        data = encoded(
+            Image.new("CMYK", (8, 8), Image.new("RGB", (1, 1), name).convert("CMYK").getpixel((0, 0))), "JPEG"
+        )
+        decoded = decode_image(data, LIMITS).astype(int)
+        assert np.abs(decoded - rgb).max() <= 4, name
+
+
+def test_sixteen_bit_grey_is_scaled():
+    values = np.array([[0, 257, 257 * 100, 65535, 65534]], np.uint16)
+    data = encoded(Image.fromarray(values))
+    assert Image.open(io.BytesIO(data)).mode.startswith("I;16")
+    decoded = decode_image(data, LIMITS)
+    assert decoded[0, :, 0].tolist() == [0, 1, 100, 255, 254]
+    assert np.array_equal(decoded[..., 0], decoded[..., 2])
+
+
+# How stored pixels look when shown, by EXIF 2.32 section 4.6.4 A.
+UPRIGHT = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: a[::-1].swapaxes(0, 1),
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    8: lambda a: a[:, ::-1].swapaxes(0, 1),
+}
+
+
+@pytest.mark.parametrize("fmt", ["PNG", "WEBP", "JPEG"])
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_exif_orientation_is_applied(orientation, fmt):
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 95, "subsampling": 0}}.get(fmt, {})
+    stored = np.asarray(IMAGE.resize((32, 16)))
+    image = Image.fromarray(stored)
+    plain = np.asarray(Image.open(io.BytesIO(encoded(image, fmt, **options))))
+    decoded = decode_image(encoded(image, fmt, exif=exif, **options), LIMITS)
+    assert np.array_equal(decoded, UPRIGHT[orientation](plain))
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        (0x011A, 2, 3, b"72\0\0"),
+        (0x011A, 7, 4, b"abcd"),
+        (0x010E, 5, 1, struct.pack("<I", 8)),
+        (0x010E, 2, 4000, struct.pack("<I", 2**31)),
+    ],
+    ids=["ascii-resolution", "undefined-resolution", "rational-description", "dangling-offset"],
+)
+@pytest.mark.parametrize("fmt", ["PNG", "JPEG"])
+def test_damaged_exif_is_an_image_error_at_most(entry, fmt):
+    exif = exif_entries((ORIENTATION, 3, 1, struct.pack("<I", 6)), entry)
+    data = encoded(IMAGE, fmt, exif=exif)
+    try:
+        assert decode_image(data, LIMITS).shape == (14, 9, 3)
+    except ImageError as error:
+        assert error.reason == "decode_error"
+
+
+@pytest.mark.parametrize(("fmt", "options"), [("WEBP", {"lossless": True}), ("PNG", {})])
+def test_first_frame_of_an_animation(fmt, options):
+    other = Image.fromarray(255 - PIXELS)
+    data = encoded(IMAGE, fmt, save_all=True, append_images=[other, other], duration=50, **options)
+    assert Image.open(io.BytesIO(data)).n_frames > 1
+    assert np.array_equal(decode_image(data, LIMITS), PIXELS)
+
+
+def test_metadata_is_dropped():
+    exif = Image.Exif()
+    exif[0x010E] = "secret place"
+    data = encode_png(decode_image(encoded(IMAGE, exif=exif), LIMITS))
+    assert b"secret" not in data
+    assert b"eXIf" not in data
+
+
+@settings(deadline=None, max_examples=25)
+@given(height=st.integers(1, 20), width=st.integers(1, 20), seed=st.integers(0, 2**32 - 1))
+def test_encode_decode_is_lossless_and_reproducible(height, width, seed):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
+    data = encode_png(pixels)
+    assert np.array_equal(decode_image(data, LIMITS), pixels)
+    assert encode_png(pixels[:, ::-1][:, ::-1]) == data
+
+
+def test_unit_range_and_back_is_exact():
+    levels = np.repeat(np.arange(256, dtype=np.uint8), 3).reshape(16, 16, 3)
+    unit = to_unit_range(levels)
+    assert unit.dtype == np.float32
+    assert unit.shape == (3, 16, 16)
+    assert (unit.min(), unit.max()) == (0, 1)
+    assert np.array_equal(to_pixels(unit), levels)
+
+
+def test_unit_range_takes_batches_and_rounds_to_nearest():
+    batch = np.stack([PIXELS, PIXELS[::-1]])
+    unit = to_unit_range(batch)
+    assert unit.shape == (2, 3, 9, 14)
+    assert unit[0, 1, 2, 3] == np.float32(PIXELS[2, 3, 1] / 255)
+    assert np.array_equal(to_pixels(unit + np.float32(0.49 / 255) * (unit < 0.9)), batch)
+
+
+FUZZED = (
+    encoded(IMAGE),
+    encoded(IMAGE.quantize(8), transparency=0),
+    encoded(IMAGE, "JPEG"),
+    encoded(IMAGE, "JPEG", progressive=True, dpi=(72, 72)),
+)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    data=st.sampled_from(FUZZED),
+    edits=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=6),
+    kept=st.one_of(st.just(1.0), st.floats(0.01, 1)),
+)
+def test_damaged_images_decode_or_raise_image_error(data, edits, kept):
+    changed = bytearray(data)
+    for where, value in edits:
+        changed[int(where * len(changed))] = value
+    try:
+        pixels = decode_image(bytes(changed[: max(1, int(kept * len(changed)))]), LIMITS)
+    except ImageError as error:
+        assert error.reason in {"decode_error", "unsupported_format", "too_large"}
+    else:
+        assert pixels.dtype == np.uint8
+        assert pixels.ndim == 3
+        assert pixels.shape[2] == 3
+        assert pixels.size

@@ -1,0 +1,150 @@
+"""Bundles: what is saved is loaded, what was changed is refused, and a name finds its directory."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from acsr_ray.artifacts import ArtifactError, load_artifact
+from acsr_ray.purification.bundle import (
+    CLUSTERS,
+    DICTIONARIES,
+    ENCODER,
+    Bundle,
+    BundleConfig,
+    bundle_digest,
+    find_bundle,
+    load_bundle,
+    save_bundle,
+)
+from acsr_ray.purification.purifier import Purifier
+from acsr_ray.sparse.cbpdn import CbpdnConfig
+from acsr_ray.sparse.tikhonov import TikhonovConfig
+
+
+@pytest.fixture
+def copied(tiny_bundle, tmp_path):
+    return shutil.copytree(tiny_bundle, tmp_path / "copy")
+
+
+def test_round_trip(tiny_bundle, tmp_path):
+    bundle = load_bundle(tiny_bundle)
+    save_bundle(tmp_path / "again", bundle, {"origin": "tests"})
+    again = load_bundle(tmp_path / "again")
+    assert again.config == bundle.config
+    assert again.encoder.keys() == bundle.encoder.keys()
+    for name, tensor in bundle.encoder.items():
+        assert torch.equal(again.encoder[name], tensor), name
+    assert torch.equal(again.atoms, bundle.atoms)
+    for name, tensor in vars(bundle.gaussians).items():
+        assert torch.equal(getattr(again.gaussians, name), tensor), name
+    assert bundle_digest(tmp_path / "again") == bundle_digest(tiny_bundle)
+
+
+def test_float64_arrays_survive_up_to_float32(tiny_bundle, tmp_path):
+    bundle = load_bundle(tiny_bundle)
+    generator = torch.Generator().manual_seed(0)
+    triangle = torch.randn(4, 64, 64, dtype=torch.float64, generator=generator).tril()
+    mean = torch.randn(4, 64, dtype=torch.float64, generator=generator)
+    gaussians = replace(bundle.gaussians, whitening=triangle, mean=mean)
+    save_bundle(tmp_path / "wide", replace(bundle, gaussians=gaussians, atoms=bundle.atoms.double()), {})
+    loaded = load_bundle(tmp_path / "wide")
+    assert torch.equal(loaded.gaussians.whitening, triangle.float())
+    assert torch.equal(loaded.gaussians.mean, mean.float())
+    assert loaded.atoms.dtype == torch.float32
+
+
+def test_settings_are_in_the_manifest(make_bundle, tmp_path):
+    make_bundle(
+        tmp_path / "b",
+        selection="gaussian_loglik",
+        tikhonov=TikhonovConfig(lmbda=2.5),
+        cbpdn=CbpdnConfig(lmbda=0.3, iterations=4, rho=2.0),
+    )
+    config = load_bundle(tmp_path / "b").config
+    assert config.selection == "gaussian_loglik"
+    assert config.tikhonov.lmbda == 2.5
+    assert config.cbpdn == CbpdnConfig(lmbda=0.3, iterations=4, rho=2.0)
+    manifest = load_artifact(tmp_path / "b", "bundle")
+    assert manifest["origin"] == "tests"
+    assert manifest["bundle"]["class_names"] == ["ant", "bee", "cat"]
+
+
+def test_digest_follows_the_settings(make_bundle, tiny_bundle, tmp_path):
+    make_bundle(tmp_path / "same")
+    make_bundle(tmp_path / "other", cbpdn=CbpdnConfig(iterations=11))
+    assert bundle_digest(tmp_path / "same") == bundle_digest(tiny_bundle)
+    assert bundle_digest(tmp_path / "other") != bundle_digest(tiny_bundle)
+
+
+@pytest.mark.parametrize("name", [ENCODER, CLUSTERS, DICTIONARIES])
+@pytest.mark.parametrize("where", [0.0, 0.3, 0.6, 1.0])
+def test_tampering_is_refused(copied, name, where):
+    data = bytearray((copied / name).read_bytes())
+    data[int(where * (len(data) - 1))] ^= 1
+    (copied / name).write_bytes(data)
+    with pytest.raises(ArtifactError, match="was changed"):
+        load_bundle(copied)
+
+
+@pytest.mark.parametrize("name", [ENCODER, CLUSTERS, DICTIONARIES, "manifest.json"])
+def test_missing_files_are_refused(copied, name):
+    (copied / name).unlink()
+    with pytest.raises(ArtifactError, match="is missing"):
+        load_bundle(copied)
+
+
+def test_other_artifacts_are_refused(copied):
+    path = copied / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "kind": "robust"}))
+    with pytest.raises(ArtifactError, match="'robust' artifact"):
+        load_bundle(copied)
+
+
+def test_find_by_directory_and_by_packaged_name(tiny_bundle, tmp_path, monkeypatch):
+    assert find_bundle(tiny_bundle) == tiny_bundle.resolve()
+    assert find_bundle(str(tiny_bundle)) == tiny_bundle.resolve()
+    package = tmp_path / "package"
+    shutil.copytree(tiny_bundle, package / "bundles" / "small")
+    (package / "bundles" / "half-written").mkdir()
+    monkeypatch.setattr("acsr_ray.purification.bundle.files", lambda _: package)
+    assert load_bundle("small").config.name == "tiny"
+    with pytest.raises(ArtifactError, match="packaged are small$"):
+        find_bundle("half-written")
+
+
+@pytest.mark.parametrize("name", ["no-such-bundle", "/nowhere/at/all", "../bundles"])
+def test_unknown_bundles_are_refused(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArtifactError, match="no bundle"):
+        Purifier.load(name)
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 3, 5, 5), (4, 8, 1, 5, 5), (4, 8, 3, 5), (8, 3, 5, 5)])
+def test_dictionaries_must_fit_the_clusters(tiny_bundle, shape):
+    bundle = load_bundle(tiny_bundle)
+    with pytest.raises(ArtifactError, match="dictionaries must be"):
+        replace(bundle, atoms=torch.zeros(shape))
+
+
+def test_whitening_must_fit_the_means(tiny_bundle):
+    bundle = load_bundle(tiny_bundle)
+    with pytest.raises(ArtifactError, match="whitening must be"):
+        replace(bundle, gaussians=replace(bundle.gaussians, whitening=torch.zeros(4, 63, 63)))
+
+
+def test_weights_must_fit_the_architecture(tiny_bundle):
+    bundle = load_bundle(tiny_bundle)
+    wider = bundle.config.encoder.model_copy(update={"architecture": "wrn-10-2"})
+    config = bundle.config.model_copy(update={"encoder": wider})
+    with pytest.raises(ArtifactError, match="do not fit wrn-10-2"):
+        Purifier(Bundle(config, bundle.encoder, bundle.gaussians, bundle.atoms))
+
+
+def test_a_bundle_needs_classes(tiny_bundle):
+    fields = load_bundle(tiny_bundle).config.describe()
+    with pytest.raises(ValidationError, match="class_names"):
+        BundleConfig.from_description({**fields, "class_names": []})
