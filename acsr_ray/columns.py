@@ -1,7 +1,7 @@
 """Names of Parquet and Ray columns, statuses and reasons: the vocabulary shared by all stages.
 
-Columns that start with `acsr_` appear in purified shards; those that start with `_` only travel
-between the stages of the pipeline.
+Input that has a column starting with `acsr_` is refused, so ours never meet a column of the corpus. Those
+that start with `acsr_tmp_` only travel between the stages of the pipeline.
 """
 
 import pyarrow as pa
@@ -35,10 +35,10 @@ OUTCOME = pa.schema(
 )
 """What purification appends to every row; the last four are null when the row is quarantined."""
 
-UNIT = "_unit"
-PIXELS = "_pixels"
-HEIGHT = "_height"
-WIDTH = "_width"
-LATENT = "_latent"
-INDEX = "_index"
+UNIT = "acsr_tmp_unit"
+PIXELS = "acsr_tmp_pixels"
+HEIGHT = "acsr_tmp_height"
+WIDTH = "acsr_tmp_width"
+LATENT = "acsr_tmp_latent"
+INDEX = "acsr_tmp_index"
 TRAVELLING = (UNIT, PIXELS, HEIGHT, WIDTH, LATENT, INDEX)

@@ -76,14 +76,14 @@ def load_section(path: Path, section: str) -> dict[str, Any]:
         raise ConfigError(f"settings file {path} does not exist")
     try:
         content = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {error}") from error
-    if not isinstance(content, dict) or not all(isinstance(v, dict) for v in content.values()):
+    if not isinstance(content, dict) or not all(isinstance(v, dict | None) for v in content.values()):
         raise ConfigError(f"{path} must hold one mapping per job, such as `{section}:`")
     for name in content:
         if name not in JOBS:
-            raise ConfigError(f"{path}: unknown section {name!r}{did_you_mean(name, list(JOBS))}")
-    return dict(content.get(section, {}))
+            raise ConfigError(f"{path}: unknown section {name!r}{did_you_mean(str(name), JOBS)}")
+    return dict(content.get(section) or {})
 
 
 def _config_path(args: Sequence[str]) -> Path | None:
@@ -126,11 +126,13 @@ def _flags_of(model: type[Settings], values: Mapping[str, Any], prefix: str = ""
     for key, value in values.items():
         if key not in model.model_fields:
             known = list(model.model_fields)
-            raise ConfigError(f"unknown key {prefix + key!r}{did_you_mean(key, known)}")
+            raise ConfigError(f"unknown key {prefix}{key!r}{did_you_mean(str(key), known)}")
         nested = _field_settings(model.model_fields[key].annotation)
         name = f"--{prefix}{key}".replace("_", "-")
         if nested and isinstance(value, dict):
             flags += _flags_of(nested, value, f"{prefix}{key}.")
+        elif value is None and type(None) not in get_args(model.model_fields[key].annotation):
+            raise ConfigError(f"key {prefix}{key!r} has no value")
         elif isinstance(value, bool):
             flags.append(name if value else f"--{prefix}no-{key}".replace("_", "-"))
         elif isinstance(value, list):

@@ -136,6 +136,17 @@ def test_files_that_are_not_settings_are_refused(tmp_path, text):
         load_section(path, SECTION)
 
 
+@pytest.mark.parametrize(
+    "content", [b"1: {a: 2}", b"train_baseline: {1: 2}", b"train_baseline: {name: \xff}"]
+)
+def test_odd_keys_and_bytes_exit_2(tmp_path, content):
+    path = tmp_path / "settings.yaml"
+    path.write_bytes(content)
+    with pytest.raises(SystemExit) as exit_info:
+        parse_job(Job, SECTION, ["--config", str(path)])
+    assert exit_info.value.code == 2
+
+
 def test_missing_file_is_refused(capsys, tmp_path):
     with pytest.raises(SystemExit) as exit_info:
         parse_job(Job, SECTION, ["--config", str(tmp_path / "no.yaml")])
@@ -166,6 +177,15 @@ def test_yaml_values(parse):
 def test_yaml_false_null_and_empty_list_reach_the_defaults(parse):
     settings = parse(f"{SECTION}: {{shards: [], keep: false, limit: null}}")
     assert (settings.shards, settings.keep, settings.limit) == ((), False, None)
+
+
+def test_a_list_left_empty_in_the_file_is_not_the_word_none(parse):
+    """`shards:` with nothing behind it is null in YAML; refuse it or take it as no shards."""
+    try:
+        shards = parse(f"{SECTION}:\n  shards:\n").shards
+    except SystemExit as refused:
+        shards = refused.code
+    assert shards in ((), 2)
 
 
 def test_flags_override_the_file(parse):

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from pydantic import Field
 
 from acsr_ray.config import Settings
@@ -26,6 +26,17 @@ MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM")
 PNG_COMPRESSION = 6
 """zlib level of written PNGs; part of what makes purified bytes reproducible."""
 
+ORIENTATION_TAG = 0x0112
+ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
 # What Pillow raises on damaged files of the allowed formats.
 DECODER_ERRORS = (
     OSError,
@@ -35,6 +46,7 @@ DECODER_ERRORS = (
     IndexError,
     OverflowError,
     struct.error,
+    TypeError,
     zlib.error,
 )
 
@@ -44,8 +56,8 @@ class DecodeLimits(Settings):
 
     max_megabytes: float = Field(64.0, gt=0)
     """Largest encoded image, in MiB."""
-    max_megapixels: float = Field(50.0, gt=0)
-    """Largest decoded image, in millions of pixels."""
+    max_megapixels: float = Field(50.0, gt=0, le=89)
+    """Largest decoded image, in millions of pixels; Pillow itself refuses more than 89."""
     max_side: int = Field(16384, gt=0)
     """Longest side, in pixels."""
 
@@ -93,8 +105,11 @@ def _decode(data: bytes, limits: DecodeLimits) -> Pixels:
         width, height = image.size
         if max(width, height) > limits.max_side or width * height > limits.max_megapixels * 1e6:
             raise ImageError("too_large", f"{width}x{height}")
+        # Only this tag is read: writing the whole EXIF block back, as Pillow's own helper does, fails on
+        # images whose other tags are odd.
+        turn = ORIENTATIONS.get(image.getexif().get(ORIENTATION_TAG, 1))
         image.load()
-        return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+        return np.asarray(_to_rgb(image if turn is None else image.transpose(turn)))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

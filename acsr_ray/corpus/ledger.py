@@ -75,7 +75,7 @@ class Ledger:
         return {path.relative_to(self.data).as_posix() for path in self.data.rglob("*.parquet")}
 
     def publish(self, name: str, table: pa.Table, quarantine: pa.Table | None) -> Receipt:
-        """Write a unit's output and make it visible at once; an earlier attempt's output stays.
+        """Write a unit's output and make it visible at once; an earlier attempt's output and receipt stay.
 
         Args:
             name: path below `data/`.
@@ -89,7 +89,8 @@ class Ledger:
         staged = self._stage(table.replace_schema_metadata(metadata))
         if quarantine is not None and quarantine.num_rows:
             _link(self._stage(quarantine), self.private / "quarantine" / name)
-        _link(staged, self.data / name)
+        if not _link(staged, self.data / name):
+            return self.receipt(name)
         self._write_receipt(receipt)
         return receipt
 
@@ -177,12 +178,13 @@ def _counts(table: pa.Table, column: str) -> dict[str, int]:
     return {entry["values"]: entry["counts"] for entry in counts if entry["values"] is not None}
 
 
-def _link(staged: Path, target: Path) -> None:
-    """Make a staged file visible under its final name unless a file is already there."""
+def _link(staged: Path, target: Path) -> bool:
+    """Make a staged file visible under its final name; False when a file is already there."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(staged, target)
     except FileExistsError:
-        pass
+        return False
     finally:
         staged.unlink()
+    return True

@@ -97,7 +97,8 @@ def find_source(location: str) -> list[Shard] | ImageFolder:
         if relative.suffix == ".parquet"
     ]
     if shards:
-        return shards
+        # In the order of the output's names, whatever characters the shards' own names have.
+        return sorted(shards, key=lambda shard: f"{shard.relative}.rows-")
     return _image_folder(fs, PurePosixPath(root).name, root_uri, files)
 
 

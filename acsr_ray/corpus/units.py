@@ -86,6 +86,8 @@ def plan_units(
         CorpusError: an unusable schema, or nothing to read.
     """
     source = find_source(location)
+    if isinstance(source, ImageFolder) and image_column != IMAGE:
+        raise CorpusError(f"{location} is a folder of images, whose column is always {IMAGE!r}")
     units: list[Unit] = []
     left = limit
     planned = (

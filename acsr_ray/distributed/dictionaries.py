@@ -121,7 +121,7 @@ def learn_dictionaries(
             continue
         stats = torch.tensor(objective, dtype=torch.float32)
         save_tensors(paths[k], {"atoms": torch.from_numpy(np.array(atoms)), "objective": stats})
-        logger.info("dictionary of %s: objective %.3f -> %.3f", name, objective[0], objective[-1])
+        logger.info("dictionary of %s: mean objective %.3f -> %.3f", name, *_first_and_last(objective))
     if failed:
         raise DictionaryError("; ".join(failed[k] for k in sorted(failed)))
     return paths
@@ -130,6 +130,12 @@ def learn_dictionaries(
 def load_dictionaries(paths: Sequence[Path]) -> torch.Tensor:
     """Return the atoms (K, M, 3, h, w) of saved dictionaries."""
     return torch.stack([load_tensors(path)["atoms"] for path in paths])
+
+
+def _first_and_last(objective: Sequence[float]) -> tuple[float, float]:
+    """Return the means over the first and last quarter; single mini-batches differ by their images."""
+    quarter = max(1, len(objective) // 4)
+    return float(np.mean(objective[:quarter])), float(np.mean(objective[-quarter:]))
 
 
 def _seed_of(cluster: ClusterImages, seed: int) -> int:

@@ -36,7 +36,7 @@ class Latents:
 
 
 class EncodeLatents:
-    """Compute a classifier's latents.  Reads _pixels, label, _unit.  Gives shard, row, label, _latent."""
+    """Compute a classifier's latents.  Reads PIXELS, LABEL, UNIT.  Gives shard, row, LABEL, LATENT."""
 
     def __init__(self, classifier: str, kind: str, device: str, threads: int) -> None:
         torch.set_num_threads(threads)

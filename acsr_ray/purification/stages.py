@@ -1,7 +1,8 @@
 """The stages of the purification pipeline as plain callables from table to table; no Ray here.
 
 One table is one unit. Every stage keeps rows and their order and adds columns; a row that was refused stays,
-with a null image and a reason. Pixels travel as raw bytes with height and width.
+with a null image and a reason. Pixels travel as raw bytes with height and width. Docstrings name the columns
+of `acsr_ray.columns` that a stage reads and adds.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -50,7 +51,7 @@ BATCH_PIXELS = 2**24
 
 
 class ReadUnits:
-    """Read each unit's rows.  Reads _unit.  Replaces the table by the shard's columns plus _unit."""
+    """Read each unit's rows.  Reads UNIT.  Replaces the table by the shard's columns plus UNIT."""
 
     def __call__(self, units: pa.Table) -> pa.Table:
         """Read the unit named in the only row of the table."""
@@ -63,7 +64,7 @@ class ReadUnits:
 class DecodeImages:
     """Decode images to RGB.
 
-    Reads the image column.  Adds _pixels, _height, _width, acsr_status, acsr_reason.
+    Reads the image column.  Adds PIXELS, HEIGHT, WIDTH, STATUS, REASON.
 
     Args:
         image_column: name of the image column.
@@ -95,7 +96,7 @@ class DecodeImages:
 
 
 class EncodeImages:
-    """Compute robust latents.  Reads _pixels, _height, _width.  Adds _latent.
+    """Compute robust latents.  Reads PIXELS, HEIGHT, WIDTH.  Adds LATENT.
 
     Args:
         bundle: directory or name.
@@ -120,7 +121,7 @@ class EncodeImages:
 
 
 class SelectClusters:
-    """Choose each image's cluster.  Reads _latent.  Adds _index, acsr_class, acsr_cluster, acsr_distance."""
+    """Choose each image's cluster.  Reads LATENT.  Adds INDEX, CLASS, CLUSTER, DISTANCE."""
 
     def __init__(self, bundle: str, threads: int) -> None:
         torch.set_num_threads(threads)
@@ -148,7 +149,7 @@ class SelectClusters:
 class PurifyImages:
     """Reconstruct with the chosen dictionary.
 
-    Reads _pixels, _index, acsr_distance.  Replaces _pixels, adds acsr_residual.
+    Reads PIXELS, INDEX, DISTANCE.  Replaces PIXELS, adds RESIDUAL.
 
     Args:
         bundle: directory or name.
@@ -280,4 +281,6 @@ def _scatter(length: int, rows: NDArray[Any], values: Sequence[Any]) -> list[Any
 
 
 def _replace(table: pa.Table, name: str, values: pa.Array) -> pa.Table:
-    return table.set_column(table.column_names.index(name), name, values)
+    # The old field keeps the column's own metadata; a refused image may be null even where none was.
+    field = table.schema.field(name).with_nullable(True)
+    return table.set_column(table.column_names.index(name), field, values)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from acsr_ray.clustering.elbow import ElbowConfig, chord_elbow, choose_num_clusters, cluster_class
+from acsr_ray.clustering.elbow import ElbowConfig, choose_num_clusters, chord_elbow, cluster_class
 
 CONFIG = ElbowConfig(k_max=7, restarts=3, backend="sklearn")
 

@@ -1,5 +1,7 @@
 """K-means and the merging of small clusters."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -38,7 +40,7 @@ def test_centroids_are_the_means_of_their_clusters():
 def test_wcss_falls_with_the_number_of_clusters():
     latents, _ = _planted()
     wcss = [fit_kmeans(latents, k, seed=0, backend="sklearn").wcss for k in range(1, 9)]
-    assert all(later < earlier for earlier, later in zip(wcss, wcss[1:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(wcss))
     assert wcss[0] == pytest.approx(np.square(latents - latents.mean(0)).sum())
 
 

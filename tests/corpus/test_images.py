@@ -86,8 +86,8 @@ def test_forged_sizes_are_refused_on_the_header(size):
     data = forged_png(*size)
     started = time.perf_counter()
     assert reason_of(data) == "too_large"
-    # Decoding 64 million pixels or more takes far longer, if memory allows it at all.
-    assert time.perf_counter() - started < 0.25
+    # Nothing is allocated for the pixels: it takes a millisecond, with room for a busy machine.
+    assert time.perf_counter() - started < 1
 
 
 @pytest.mark.parametrize(
@@ -243,11 +243,11 @@ def test_exif_orientation_is_applied(orientation, fmt):
 @pytest.mark.parametrize("fmt", ["PNG", "JPEG"])
 def test_damaged_exif_is_an_image_error_at_most(entry, fmt):
     exif = exif_entries((ORIENTATION, 3, 1, struct.pack("<I", 6)), entry)
-    data = encoded(IMAGE, fmt, exif=exif)
     try:
-        assert decode_image(data, LIMITS).shape == (14, 9, 3)
-    except ImageError as error:
-        assert error.reason == "decode_error"
+        outcome = decode_image(encoded(IMAGE, fmt, exif=exif), LIMITS).shape
+    except ImageError as refused:
+        outcome = refused.reason
+    assert outcome in ((14, 9, 3), "decode_error")
 
 
 @pytest.mark.parametrize(("fmt", "options"), [("WEBP", {"lossless": True}), ("PNG", {})])
@@ -289,7 +289,9 @@ def test_unit_range_takes_batches_and_rounds_to_nearest():
     unit = to_unit_range(batch)
     assert unit.shape == (2, 3, 9, 14)
     assert unit[0, 1, 2, 3] == np.float32(PIXELS[2, 3, 1] / 255)
-    assert np.array_equal(to_pixels(unit + np.float32(0.49 / 255) * (unit < 0.9)), batch)
+    for error in (-0.49, 0.49):
+        near = (unit + np.float32(error / 255)).clip(0, 1)
+        assert np.array_equal(to_pixels(near), batch)
 
 
 FUZZED = (
@@ -312,10 +314,9 @@ def test_damaged_images_decode_or_raise_image_error(data, edits, kept):
         changed[int(where * len(changed))] = value
     try:
         pixels = decode_image(bytes(changed[: max(1, int(kept * len(changed)))]), LIMITS)
-    except ImageError as error:
-        assert error.reason in {"decode_error", "unsupported_format", "too_large"}
+    except ImageError as refused:
+        outcome = refused.reason
     else:
-        assert pixels.dtype == np.uint8
-        assert pixels.ndim == 3
-        assert pixels.shape[2] == 3
+        outcome = (pixels.dtype, pixels.ndim, pixels.shape[2])
         assert pixels.size
+    assert outcome in ((np.uint8, 3, 3), "decode_error", "unsupported_format", "too_large")

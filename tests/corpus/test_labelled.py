@@ -1,4 +1,4 @@
-"""Labelled shards in memory: order, sizes, names, unreadable rows, refusals; and shards we write ourselves."""
+"""Labelled shards in memory: order, sizes, names, unreadable rows, refusals; shards we write."""
 
 import numpy as np
 import pyarrow as pa

@@ -1,4 +1,4 @@
-"""The output folder: first writer wins, receipts survive, foreign or other output is refused, snapshots clean up."""
+"""The output folder: first writer wins, receipts survive, foreign output is refused, snapshots clean up."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Units: they cover the rows once and in order, name outputs after content, and read back what was planned."""
+"""Units: they cover the rows once in order, name outputs after content, and read what was planned."""
 
 import os
 import tempfile
@@ -83,6 +83,13 @@ def test_names_sort_in_input_order_across_folders(tmp_path, write_shard):
     assert names == sorted(names)
     assert [unit.first for unit in units] == [0, 2] * 7
     assert all(name.startswith(f"{unit.relative}.rows-") for name, unit in zip(names, units, strict=True))
+
+
+def test_names_sort_when_one_shard_name_extends_another(tmp_path, write_shard):
+    for name in ("train", "train.q", "train.a"):
+        write_shard(tmp_path / f"{name}.parquet", 1, side=4)
+    names = [unit.output_name("0" * 64) for unit in plan(tmp_path)]
+    assert names == sorted(names)
 
 
 def test_names_follow_content_fingerprint_and_rows(tmp_path, write_shard):

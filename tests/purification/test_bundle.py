@@ -112,7 +112,7 @@ def test_find_by_directory_and_by_packaged_name(tiny_bundle, tmp_path, monkeypat
     (package / "bundles" / "half-written").mkdir()
     monkeypatch.setattr("acsr_ray.purification.bundle.files", lambda _: package)
     assert load_bundle("small").config.name == "tiny"
-    with pytest.raises(ArtifactError, match="packaged are small$"):
+    with pytest.raises(ArtifactError, match=r"packaged are small$"):
         find_bundle("half-written")
 
 

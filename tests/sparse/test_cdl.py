@@ -9,8 +9,8 @@ from acsr_ray.sparse.cbpdn import Cbpdn, CbpdnConfig
 from acsr_ray.sparse.cdl import CdlConfig, learn_dictionary
 from acsr_ray.sparse.prox import project_atoms
 
-CODE = CbpdnConfig(lmbda=0.05, iterations=30, rho=2.0)
-CONFIG = CdlConfig(num_atoms=6, support=5, code=CODE, epochs=10, batch_size=4)
+CODE = CbpdnConfig(lmbda=0.2, iterations=30, rho=2.0)
+CONFIG = CdlConfig(num_atoms=6, support=5, code=CODE, epochs=15, batch_size=4)
 
 
 def _planted_atoms(num_atoms=4, channels=3, support=5, seed=0):
@@ -72,15 +72,27 @@ def test_held_out_objective_beats_random_and_starting_atoms(learned, planted, im
     random = project_atoms(torch.randn(6, 3, 5, 5, generator=generator, dtype=torch.float64))
     patches = project_atoms(images[:6, :, 8:13, 8:13])
     got = _held_out_objective(learned.atoms, held_out)
-    assert got < 0.7 * _held_out_objective(random, held_out)
+    assert got < 0.8 * _held_out_objective(random, held_out)
     assert got < 0.9 * _held_out_objective(patches, held_out)
-    assert got < 1.3 * _held_out_objective(planted, held_out)
+    assert got < 1.05 * _held_out_objective(planted, held_out)
 
 
 def test_planted_atoms_are_found_up_to_shift_sign_and_order(learned, planted):
     found = F.pad(learned.atoms, (4,) * 4)
     similarity = F.conv2d(found, planted).abs().amax((2, 3))
-    assert (similarity.amax(0) > 0.9).all()
+    assert (similarity.amax(0) > 0.95).all()
+
+
+def test_earlier_batches_count_unless_forgotten(images):
+    config = CONFIG.model_copy(update={"batch_size": 6, "epochs": 1})
+    kept, faded, lost = (
+        learn_dictionary(images, config.model_copy(update={"forgetting": exponent}), seed=0)
+        for exponent in (0.0, 1.0, 1e6)
+    )
+    # The first update has no past, so both batches are coded alike; only the second update differs.
+    assert kept.objective == faded.objective == lost.objective
+    to_lost, to_faded = ((kept.atoms - other.atoms).norm().item() for other in (lost, faded))
+    assert to_lost > to_faded > 1e-3
 
 
 def test_same_seed_same_dictionary(images):

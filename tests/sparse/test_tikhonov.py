@@ -1,5 +1,7 @@
 """Tikhonov split against dense algebra and its own invariants."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -83,7 +85,7 @@ def test_larger_lmbda_is_smoother():
     for lmbda in (0.1, 1.0, 10.0, 100.0):
         low, _ = tikhonov_split(images, TikhonovConfig(lmbda=lmbda))
         roughness.append((low.diff(dim=2).square().sum() + low.diff(dim=3).square().sum()).item())
-    assert all(later < 0.7 * earlier for earlier, later in zip(roughness, roughness[1:], strict=False))
+    assert all(later < 0.7 * earlier for earlier, later in pairwise(roughness))
 
 
 def test_float32_splits_like_float64():
