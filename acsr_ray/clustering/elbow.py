@@ -22,6 +22,9 @@ from acsr_ray.clustering.kmeans import (
 )
 from acsr_ray.config import Described
 
+BLOBS, BLOB_LATENTS = 8, 2000
+"""Most reference blobs, and latents in all of them together; one blob of a small class is left to chance."""
+
 
 class ElbowConfig(Described):
     """How a class's latents are split into clusters."""
@@ -91,7 +94,7 @@ def cluster_class(latents: NDArray[Any], config: ElbowConfig, seed: int) -> Clas
     k_max = min(config.k_max, len(np.unique(latents, axis=0)))
     fits = _fit_curve(latents, k_max, config, seed)
     wcss = tuple(fit.wcss for fit in fits)
-    blob = tuple(fit.wcss for fit in _fit_curve(_gaussian_blob(latents, seed), k_max, config, seed))
+    blob = tuple(share * wcss[0] for share in _blob_curve(latents, k_max, config, seed))
     elbow = (
         choose_num_clusters(wcss, blob, config.minimum_gain) if config.one_blob_test else chord_elbow(wcss)
     )
@@ -108,6 +111,20 @@ def _fit_curve(latents: NDArray[Any], k_max: int, config: ElbowConfig, seed: int
         fit_kmeans(latents, k, restarts=config.restarts, seed=seed, backend=backend)
         for k in range(1, k_max + 1)
     ]
+
+
+def _blob_curve(latents: NDArray[Any], k_max: int, config: ElbowConfig, seed: int) -> tuple[float, ...]:
+    """Return the lowest WCSS curve of some blobs, as shares of its first value.
+
+    The fewer latents, the more is left to chance, and the more blobs are drawn.
+    """
+    count = min(BLOBS, max(1, BLOB_LATENTS // len(latents)))
+    curves = []
+    for draw in range(count):
+        blob = _gaussian_blob(latents, seed + draw)
+        wcss = np.array([fit.wcss for fit in _fit_curve(blob, k_max, config, seed)])
+        curves.append(wcss / max(wcss[0], np.finfo(np.float64).tiny))
+    return tuple(np.min(curves, axis=0).tolist())
 
 
 def _gaussian_blob(latents: NDArray[Any], seed: int) -> NDArray[np.float64]:

@@ -44,7 +44,8 @@ class CbpdnResult:
     """Sparse codes of a batch.
 
     `maps` (N, M, H, W) are the sparse iterate, `reconstruction` (N, C, H, W) is their convolution with
-    the atoms, and `objective` (N,) is the functional at exactly these maps.
+    the atoms, and `objective` (N,) is the functional at exactly these maps (of the padded image, where it is
+    smaller than an atom).
     """
 
     maps: Tensor

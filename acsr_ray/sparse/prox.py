@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-NORM_FLOOR = 1e-12
+ROUNDING = 32
+"""Norms below so many units of rounding of the atom itself count as zero."""
 
 
 def soft_threshold(x: Tensor, threshold: float) -> Tensor:
@@ -19,4 +20,6 @@ def project_atoms(atoms: Tensor) -> Tensor:
     """
     centred = atoms - atoms.mean((2, 3), keepdim=True)
     norms = centred.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-    return torch.where(norms > NORM_FLOOR, centred / norms.clamp(min=NORM_FLOOR), 0.0)
+    # Relative to the atom, since the mean of a constant one is only constant up to rounding.
+    floor = ROUNDING * torch.finfo(atoms.dtype).eps * atoms.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    return torch.where(norms > floor, centred / norms.clamp(min=torch.finfo(atoms.dtype).tiny), 0.0)

@@ -55,7 +55,6 @@ def test_constant_atom_stays_zero():
     assert torch.equal(project_atoms(atoms), torch.zeros(2, 3, 4, 4))
 
 
-@pytest.mark.xfail(strict=True, reason="NORM_FLOOR is below the rounding of the mean of a constant atom")
 @pytest.mark.parametrize("value", [0.1, 0.3, 0.7])
 def test_constant_float32_atom_whose_mean_is_rounded_stays_zero(value):
     assert torch.equal(project_atoms(torch.full((1, 3, 8, 8), value)), torch.zeros(1, 3, 8, 8))
