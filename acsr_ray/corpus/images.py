@@ -37,16 +37,21 @@ ORIENTATIONS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# What Pillow raises on damaged files of the allowed formats.
+# What decoders raise on damaged files: the image is at fault, and its row is quarantined.
 DECODER_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
     EOFError,
     IndexError,
-    OverflowError,
     struct.error,
     TypeError,
+    KeyError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+    RuntimeError,
+    MemoryError,
     zlib.error,
 )
 

@@ -1,13 +1,15 @@
 """The output folder of a purification: what is finished, how a unit becomes visible, what belongs together.
 
 `data/` holds the purified shards, `_acsr/` everything else: `run.json` (the settings that decide pixels,
-written first), `receipts/`, `quarantine/` (original bytes of refused images), `staging/` and
-`manifest.json` (the snapshot, written last). A unit appears in `data/` by a hard link that refuses to
-replace, so it is either absent or complete, and of two attempts the first wins.
+written first), `receipts/`, `quarantine/` (original bytes of refused images), `staging/`, `ready/` (finished
+units that replace published ones), `runs/` (a report per run) and `manifest.json` (the snapshot, written
+last). A unit appears in `data/` by a hard link that refuses to replace, so it is either absent or complete,
+and of two attempts the first wins.
 """
 
 import json
 import os
+import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -47,12 +49,13 @@ class Ledger:
         self.output = Path(output)
         self.data = self.output / "data"
         self.private = self.output / "_acsr"
+        self.ready = self.private / "ready"
 
-    def claim(self, settings: Mapping[str, Any]) -> None:
-        """Bind the output to the settings that decide its content; a rerun must bring the same.
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Refuse an output that was begun with other settings, or is not ours; writes nothing.
 
         Raises:
-            CorpusError: the output was begun with other settings, or is not ours.
+            CorpusError: naming the settings that differ.
         """
         path = self.private / "run.json"
         if path.exists():
@@ -68,19 +71,34 @@ class Ledger:
             return
         if self.data.exists() and any(self.data.iterdir()):
             raise CorpusError(f"{self.data} holds files that no purification here wrote")
-        write_json(path, settings)
+
+    def claim(self, settings: Mapping[str, Any]) -> None:
+        """Bind the output to the settings that decide its content, after `check`."""
+        self.check(settings)
+        write_json(self.private / "run.json", settings)
+
+    def report(self, summary: Mapping[str, Any]) -> None:
+        """Keep a run's closing summary under `runs/`."""
+        write_json(self.private / "runs" / f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}.json", summary)
 
     def published(self) -> set[str]:
         """Return the names of the published units, relative to `data/`."""
-        return {path.relative_to(self.data).as_posix() for path in self.data.rglob("*.parquet")}
+        return _names(self.data)
 
-    def publish(self, name: str, table: pa.Table, quarantine: pa.Table | None) -> Receipt:
+    def finished(self) -> set[str]:
+        """Return the names of the units that need not be done again: published, or parked until commit."""
+        return _names(self.data) | _names(self.ready)
+
+    def publish(
+        self, name: str, table: pa.Table, quarantine: pa.Table | None, *, parked: bool = False
+    ) -> Receipt:
         """Write a unit's output and make it visible at once; an earlier attempt's output and receipt stay.
 
         Args:
             name: path below `data/`.
             table: the rows, in input order.
             quarantine: original bytes of the rows that were refused.
+            parked: keep it out of `data/` until `commit`, because it replaces files that readers still see.
         """
         receipt = Receipt(
             name, table.num_rows, _counts(table, STATUS), _counts(table.filter(_refused(table)), REASON)
@@ -89,7 +107,7 @@ class Ledger:
         staged = self._stage(table.replace_schema_metadata(metadata))
         if quarantine is not None and quarantine.num_rows:
             _link(self._stage(quarantine), self.private / "quarantine" / name)
-        if not _link(staged, self.data / name):
+        if not _link(staged, (self.ready if parked else self.data) / name):
             return self.receipt(name)
         self._write_receipt(receipt)
         return receipt
@@ -99,7 +117,8 @@ class Ledger:
         path = self._receipt_path(name)
         if path.exists():
             return Receipt(**json.loads(path.read_text()))
-        metadata = pq.read_schema(self.data / name).metadata or {}
+        parked = self.ready / name
+        metadata = pq.read_schema(parked if parked.exists() else self.data / name).metadata or {}
         if RECEIPT_KEY not in metadata:
             raise CorpusError(f"{self.data / name} was not written by a purification")
         receipt = Receipt(**json.loads(metadata[RECEIPT_KEY]))
@@ -134,6 +153,11 @@ class Ledger:
             (self.private / "quarantine" / name).unlink(missing_ok=True)
             (self.data / name).unlink()
             self._receipt_path(name).unlink(missing_ok=True)
+        for name in _names(self.ready):
+            if name in files:
+                _link(self.ready / name, self.data / name)
+            else:
+                (self.ready / name).unlink()
         self.sweep()
 
     def sweep(self) -> None:
@@ -167,6 +191,10 @@ def total(receipts: Iterable[Receipt]) -> dict[str, Any]:
             for key, count in counts.items():
                 sums[key] = sums.get(key, 0) + count
     return {"rows": rows, "statuses": statuses, "quarantined": reasons}
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*.parquet")}
 
 
 def _refused(table: pa.Table) -> pa.Array:

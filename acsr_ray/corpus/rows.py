@@ -43,8 +43,8 @@ def crop_alike(images: Sequence[Pixels], side: int, smallest: int, seed: int) ->
 
     Args:
         images: (H, W, 3) arrays of any sizes.
-        side: the side aimed at; smaller when the images are.
-        smallest: images with a shorter side are left out.
+        side: the side aimed at; the images' median side when that is smaller.
+        smallest: images with a shorter side than this, or than the side chosen, are left out.
         seed: fixes the positions.
 
     Returns:
@@ -56,7 +56,9 @@ def crop_alike(images: Sequence[Pixels], side: int, smallest: int, seed: int) ->
     large = [image for image in images if min(image.shape[:2]) >= smallest]
     if not large:
         raise ValueError(f"no image has sides of at least {smallest} pixels")
-    common = min(side, *(min(image.shape[:2]) for image in large))
+    # Half of the images set the side, so that one thumbnail does not shrink the crops of a whole cluster.
+    common = min(side, int(np.median([min(image.shape[:2]) for image in large])))
+    large = [image for image in large if min(image.shape[:2]) >= common]
     generator = np.random.default_rng(seed)
     crops: list[NDArray[np.uint8]] = []
     for image in large:

@@ -19,6 +19,9 @@ IMAGE_SUFFIXES = frozenset(
 )
 """Files of a folder that are rows. A listed format that the decoder refuses is quarantined, not skipped."""
 
+STAMPS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created")
+"""What file systems call the mark of a version, most telling first."""
+
 
 class CorpusError(AcsrError, ValueError):
     """A corpus that cannot be read as asked; the message names the path and what is wrong."""
@@ -44,6 +47,7 @@ class ImageFile:
     path: str
     """Relative to the folder, with forward slashes."""
     version: str
+    num_bytes: int
 
 
 @dataclass(frozen=True)
@@ -89,12 +93,12 @@ def find_source(location: str) -> list[Shard] | ImageFolder:
     files = {
         relative: info
         for relative, info in sorted(visible.items(), key=lambda item: str(item[0]))
-        if not any(part.startswith((".", "_")) for part in relative.parts)
+        if not any(part.startswith(".") for part in relative.parts)
     }
     shards = [
         Shard(fs.unstrip_protocol(info["name"]), str(relative.with_suffix("")), _version(info))
         for relative, info in files.items()
-        if relative.suffix == ".parquet"
+        if relative.suffix == ".parquet" and not any(part.startswith("_") for part in relative.parts)
     ]
     if shards:
         # In the order of the output's names, whatever characters the shards' own names have.
@@ -106,7 +110,7 @@ def _image_folder(
     fs: fsspec.AbstractFileSystem, name: str, uri: str, files: dict[PurePosixPath, dict[str, Any]]
 ) -> ImageFolder:
     images = tuple(
-        ImageFile(fs.unstrip_protocol(info["name"]), str(relative), _version(info))
+        ImageFile(fs.unstrip_protocol(info["name"]), str(relative), _version(info), info["size"])
         for relative, info in files.items()
         if relative.suffix.lower() in IMAGE_SUFFIXES
     )
@@ -118,8 +122,10 @@ def _image_folder(
 
 
 def _version(info: dict[str, Any]) -> str:
-    stamp = info.get("ETag") or info.get("mtime") or info.get("LastModified") or ""
-    return f"{info['size']}-{stamp}"
+    """Return size and stamp, "" where the store gives no stamp, so that nothing is taken as unchanged."""
+    stamps = (info.get(key) for key in STAMPS)
+    stamp = next((value for value in stamps if value), None)
+    return "" if stamp is None else f"{info['size']}-{stamp}"
 
 
 def open_parquet(uri: str) -> pq.ParquetFile:

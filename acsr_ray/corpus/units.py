@@ -6,6 +6,8 @@ bytes do, so a rewritten shard is redone and an untouched one is not.
 
 import hashlib
 import json
+import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
@@ -17,7 +19,17 @@ import pyarrow.parquet as pq
 
 from acsr_ray.artifacts import json_digest
 from acsr_ray.columns import IMAGE, LABEL, PREFIX
-from acsr_ray.corpus.sources import CorpusError, ImageFolder, Shard, find_source, open_parquet
+from acsr_ray.corpus.schema import IMAGE_TYPE, image_features
+from acsr_ray.corpus.sources import (
+    CorpusError,
+    ImageFile,
+    ImageFolder,
+    Shard,
+    find_source,
+    open_parquet,
+)
+
+logger = logging.getLogger(__name__)
 
 EXPANSION = 8
 """Decoded bytes per encoded byte assumed when sizing units; photos expand 6 to 15 times."""
@@ -35,6 +47,8 @@ class Unit:
     """Digest of what decides the input pixels."""
     files: tuple[tuple[str, str, int | None], ...] = ()
     """(uri, relative path, label) of each image; empty for Parquet."""
+    class_names: tuple[str, ...] = ()
+    """Names of an image folder's sub-folders."""
     version: str = ""
     """Size and time of the shard when it was planned; tells that `content` still holds without reading."""
 
@@ -60,7 +74,8 @@ class Unit:
     def from_json(cls, text: str) -> Self:
         """Restore from `to_json`."""
         fields = json.loads(text)
-        return cls(**{**fields, "files": tuple(tuple(file) for file in fields["files"])})
+        files = tuple(tuple(file) for file in fields["files"])
+        return cls(**{**fields, "files": files, "class_names": tuple(fields["class_names"])})
 
 
 def plan_units(
@@ -91,15 +106,15 @@ def plan_units(
     units: list[Unit] = []
     left = limit
     planned = (
-        _folder_units(source, unit_rows)
+        _folder_units(source, unit_rows, unit_megabytes)
         if isinstance(source, ImageFolder)
         else _shard_units(source, image_column, unit_rows, unit_megabytes, known)
     )
     for unit in planned:
+        if left == 0:
+            break
         if left is not None and unit.num_rows > left:
             unit = _shortened(unit, left)
-        if unit.num_rows < 1:
-            break
         units.append(unit)
         left = None if left is None else left - unit.num_rows
     if not units:
@@ -129,7 +144,7 @@ def _shard_units(
         if not num_rows:
             continue
         version, content = known.get(shard.uri, ("", ""))
-        if version != shard.version:
+        if not version or version != shard.version:
             content = _file_digest(shard.uri)
         fitting = int(unit_megabytes * 2**20 * num_rows / max(1, encoded * EXPANSION))
         step = max(1, min(unit_rows, fitting))
@@ -177,12 +192,28 @@ def _file_digest(uri: str) -> str:
     return digest.hexdigest()
 
 
-def _folder_units(folder: ImageFolder, unit_rows: int) -> Iterator[Unit]:
-    for first in range(0, len(folder.files), unit_rows):
-        files = folder.files[first : first + unit_rows]
-        content = json_digest([[file.path, file.version] for file in files])
+def _folder_units(folder: ImageFolder, unit_rows: int, unit_megabytes: float) -> Iterator[Unit]:
+    first = 0
+    for files in _runs(folder.files, unit_rows, unit_megabytes * 2**20 / EXPANSION):
+        # Without a version the content is unknown; the time of planning then stands for it.
+        content = json_digest([[file.path, file.version or time.time_ns()] for file in files])
         rows = tuple((file.uri, file.path, folder.label(file)) for file in files)
-        yield Unit(folder.name, folder.name, first, first + len(files) - 1, content, rows)
+        last = first + len(files) - 1
+        yield Unit(folder.name, folder.name, first, last, content, rows, class_names=folder.class_names)
+        first = last + 1
+
+
+def _runs(files: Sequence[ImageFile], most: int, most_bytes: float) -> Iterator[list[ImageFile]]:
+    """Cut files into runs of at most `most`, and of at most `most_bytes` unless one file alone is more."""
+    run: list[ImageFile] = []
+    size = 0
+    for file in files:
+        if run and (len(run) == most or size + file.num_bytes > most_bytes):
+            yield run
+            run, size = [], 0
+        run.append(file)
+        size += file.num_bytes
+    yield run
 
 
 def read_unit(unit: Unit) -> pa.Table:
@@ -209,13 +240,19 @@ def read_unit(unit: Unit) -> pa.Table:
 
 
 def _read_files(unit: Unit) -> pa.Table:
-    cells, labels = [], []
-    for uri, path, label in unit.files:
+    cells = [{"bytes": _file_bytes(uri), "path": path} for uri, path, _ in unit.files]
+    columns = {IMAGE: pa.array(cells, IMAGE_TYPE)}
+    if unit.class_names:
+        columns[LABEL] = pa.array([label for _, _, label in unit.files], pa.int64())
+    return pa.table(columns).replace_schema_metadata(image_features((), unit.class_names))
+
+
+def _file_bytes(uri: str) -> bytes | None:
+    """Return a file's bytes, None for one that vanished or cannot be read: its row is quarantined."""
+    try:
         with fsspec.open(uri, "rb").open() as file:
-            cells.append({"bytes": file.read(), "path": path})
-        labels.append(label)
-    image_type = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    columns = {IMAGE: pa.array(cells, image_type)}
-    if any(label is not None for label in labels):
-        columns[LABEL] = pa.array(labels, pa.int64())
-    return pa.table(columns)
+            data: bytes = file.read()
+            return data
+    except OSError as error:
+        logger.warning("%s cannot be read: %s", uri, error)
+        return None

@@ -1,7 +1,6 @@
 """Labelled images as Parquet shards in the Hugging Face layout."""
 
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,8 +12,7 @@ from numpy.typing import NDArray
 from acsr_ray.artifacts import atomic_write
 from acsr_ray.columns import IMAGE, LABEL
 from acsr_ray.corpus.images import Pixels, encode_png
-
-IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+from acsr_ray.corpus.schema import IMAGE_TYPE, image_features
 
 
 def write_shard(
@@ -37,18 +35,13 @@ def write_shard(
         {"bytes": encode_png(image), "path": f"{key}.png"}
         for image, key in zip(pixels, image_ids, strict=True)
     ]
-    features = {
-        "image_id": {"dtype": "string", "_type": "Value"},
-        IMAGE: {"_type": "Image"},
-        LABEL: {"names": list(class_names), "_type": "ClassLabel"},
-    }
     table = pa.table(
         {
             "image_id": pa.array(image_ids, pa.string()),
             IMAGE: pa.array(cells, IMAGE_TYPE),
             LABEL: pa.array(labels, pa.int64()),
         }
-    ).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    ).replace_schema_metadata(image_features(("image_id",), class_names))
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="none", row_group_size=500)
     atomic_write(path, buffer.getvalue())

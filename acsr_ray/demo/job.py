@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from acsr_ray.corpus.sources import CorpusError
 from acsr_ray.distributed.purify import PurifyCorpusSettings, purify_corpus
 
 __all__ = ["PurifyCorpusSettings", "purify_or_demo"]
@@ -11,6 +12,8 @@ def purify_or_demo(settings: PurifyCorpusSettings) -> dict[str, Any]:
     """Run the demo when asked for, else purify the corpus."""
     if not settings.demo:
         return purify_corpus(settings)
+    if settings.input:
+        raise CorpusError("--demo brings its own corpus and bundle; leave --input away")
     from acsr_ray.demo.run import run_demo
 
     return run_demo(settings)

@@ -25,7 +25,7 @@ from acsr_ray.clustering.selection import RULES, SelectionRule, select_cluster
 from acsr_ray.config import Device, JobSettings
 from acsr_ray.corpus.images import to_unit_range
 from acsr_ray.corpus.labelled import read_labelled
-from acsr_ray.distributed.latents import Latents, compute_latents
+from acsr_ray.distributed.latents import Latents, compute_latents, labelled_data_digest
 from acsr_ray.distributed.runtime import RaySettings, ray_session
 from acsr_ray.distributed.semantics import load_semantics_dictionaries
 from acsr_ray.models.classifier import Classifier, encode, load_classifier
@@ -52,6 +52,8 @@ class BuildBundleSettings(JobSettings):
     """Artifact of train_robust."""
     output: Path
     """Folder of the bundle."""
+    class_names: tuple[str, ...] = ()
+    """Names of the classes by id; default: those of the baseline's shards, or numbers."""
     validation: tuple[str, ...] = ()
     """Validation shards, on which everything `auto` is chosen."""
     validation_images: int = Field(2000, ge=1)
@@ -93,6 +95,8 @@ def build_bundle(settings: BuildBundleSettings) -> dict[str, Any]:
     ):
         if artifact_digest(getattr(settings, name)) != digest:
             raise ArtifactError(f"{settings.robust} was not trained with this {name} artifact")
+    if settings.class_names and len(settings.class_names) != robust.config.num_classes:
+        raise ArtifactError(f"--class-names needs {robust.config.num_classes} names")
     keys, atoms = load_semantics_dictionaries(settings.semantics)
     candidates = _measure(_candidates(settings, semantics), settings, robust)
     best = max(candidates, key=lambda c: (c.clean or 0) + (c.attacked or 0))
@@ -102,7 +106,7 @@ def build_bundle(settings: BuildBundleSettings) -> dict[str, Any]:
     tikhonov = semantics["settings"]["dictionary"]["tikhonov"]
     config = BundleConfig(
         name=settings.name,
-        class_names=robust.class_names,
+        class_names=settings.class_names or robust.class_names,
         encoder=robust.config,
         selection=best.rule,
         tikhonov=TikhonovConfig.from_description(tikhonov),
@@ -116,7 +120,7 @@ def build_bundle(settings: BuildBundleSettings) -> dict[str, Any]:
     content = {
         "gaussians": best.origin,
         "selection_on_validation": measured,
-        "training_data_digest": semantics["files"][ASSIGNMENTS],
+        "training_data_digest": labelled_data_digest(semantics["settings"]["train"]),
         "robust": robust.manifest["metrics"],
     }
     save_bundle(settings.output, bundle, content)

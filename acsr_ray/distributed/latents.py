@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from acsr_ray.artifacts import artifact_digest, json_digest
-from acsr_ray.columns import IMAGE, LABEL, LATENT, UNIT
+from acsr_ray.columns import IMAGE, LABEL, UNIT
 from acsr_ray.config import Device
 from acsr_ray.corpus.images import DecodeLimits
 from acsr_ray.corpus.sources import CorpusError
@@ -36,7 +36,7 @@ class Latents:
 
 
 class EncodeLatents:
-    """Compute a classifier's latents.  Reads PIXELS, LABEL, UNIT.  Gives shard, row, LABEL, LATENT."""
+    """Compute a classifier's latents.  Reads PIXELS, LABEL, UNIT.  Gives shard, row, LABEL, latent."""
 
     def __init__(self, classifier: str, kind: str, device: str, threads: int) -> None:
         torch.set_num_threads(threads)
@@ -59,7 +59,7 @@ class EncodeLatents:
                 "shard": pa.array([unit.uri] * len(kept), pa.string()),
                 "row": pa.array([unit.first + row for row in kept], pa.int64()),
                 LABEL: table[LABEL].take(pa.array(kept, pa.int64())).cast(pa.int64()),
-                LATENT: pa.array([latents[row] for row in kept], pa.list_(pa.float32())),
+                "latent": pa.array([latents[row] for row in kept], pa.list_(pa.float32())),
             }
         )
 
@@ -101,13 +101,19 @@ def compute_latents(
     table = pq.read_table(path)
     if table[LABEL].null_count:
         raise CorpusError(f"{', '.join(locations)} has rows without a label")
-    flat = table[LATENT].combine_chunks().flatten().to_numpy()
+    flat = table["latent"].combine_chunks().flatten().to_numpy()
     return Latents(
         flat.reshape(table.num_rows, -1),
         table[LABEL].to_numpy(),
         tuple(table["shard"].to_pylist()),
         table["row"].to_numpy(),
     )
+
+
+def labelled_data_digest(locations: Sequence[str]) -> str:
+    """Return a digest of the shards' bytes, whatever they are called and wherever they lie."""
+    units = [unit for location in locations for unit in _labelled_units(location)]
+    return json_digest(sorted({unit.content for unit in units}))
 
 
 def _labelled_units(location: str) -> list[Unit]:

@@ -23,7 +23,12 @@ from acsr_ray.distributed.runtime import (
     ray_session,
     share_resources,
 )
-from acsr_ray.purification.bundle import DEFAULT_BUNDLE, bundle_digest, find_bundle
+from acsr_ray.purification.bundle import (
+    ALGORITHM_VERSION,
+    DEFAULT_BUNDLE,
+    bundle_digest,
+    find_bundle,
+)
 from acsr_ray.purification.stages import (
     DecodeImages,
     EncodeImages,
@@ -34,9 +39,6 @@ from acsr_ray.purification.stages import (
 )
 
 logger = logging.getLogger(__name__)
-
-ALGORITHM_VERSION = 1
-"""Raised when the same bundle and input would give other pixels."""
 
 PROGRESS_SECONDS = 10.0
 
@@ -86,6 +88,15 @@ def purify_corpus(settings: PurifyCorpusSettings) -> dict[str, Any]:
         raise CorpusError("--input and --output are needed (or --demo, which needs neither)")
     output = _local_output(settings.output, settings.input)
     ledger = Ledger(output)
+    deciding = deciding_settings(settings)
+    bound = {
+        **deciding,
+        "input": absolute_uri(settings.input),
+        "limit": settings.limit,
+        "unit_rows": settings.unit_rows,
+        "unit_megabytes": settings.unit_megabytes,
+    }
+    ledger.check(bound)
     units = plan_units(
         settings.input,
         image_column=settings.image_column,
@@ -94,29 +105,23 @@ def purify_corpus(settings: PurifyCorpusSettings) -> dict[str, Any]:
         limit=settings.limit,
         known=ledger.known_shards(),
     )
-    deciding = deciding_settings(settings)
+    ledger.claim(bound)
     fingerprint = json_digest(deciding)
-    ledger.claim(
-        {
-            **deciding,
-            "input": absolute_uri(settings.input),
-            "limit": settings.limit,
-            "unit_rows": settings.unit_rows,
-            "unit_megabytes": settings.unit_megabytes,
-        }
-    )
     names = {unit.output_name(fingerprint): unit for unit in units}
-    finished = ledger.published() & names.keys()
+    finished = ledger.finished() & names.keys()
     pending = [unit for name, unit in names.items() if name not in finished]
+    superseded = frozenset(name.split(".rows-")[0] for name in ledger.published() - names.keys())
     logger.info("%d units, %d finished before", len(units), len(finished))
     started = time.perf_counter()
     if pending:
-        _run(settings, pending, output, fingerprint)
+        writer = WriteUnits(output, fingerprint, settings.image_column, settings.keep_original, superseded)
+        _run(settings, pending, writer)
     elapsed = time.perf_counter() - started
     receipts = [ledger.receipt(name) for name in names]
-    shards = {unit.uri: (unit.version, unit.content) for unit in units if unit.version}
-    ledger.commit(receipts, shards)
-    return _summary(receipts, names, finished, elapsed, str(ledger.data))
+    summary = _summary(receipts, names, finished, elapsed, str(ledger.data))
+    ledger.commit(receipts, {u.uri: (u.version, u.content) for u in units if u.version})
+    ledger.report({**bound, **summary, "elapsed_s": round(elapsed, 1)})
+    return summary
 
 
 def deciding_settings(settings: PurifyCorpusSettings) -> dict[str, Any]:
@@ -140,13 +145,13 @@ def _local_output(output: str, source: str) -> str:
     return path
 
 
-def _run(settings: PurifyCorpusSettings, units: list[Unit], output: str, fingerprint: str) -> None:
+def _run(settings: PurifyCorpusSettings, units: list[Unit], writer: WriteUnits) -> None:
     with ray_session(settings.ray):
         shares = share_resources(settings.device, settings.ray, len(units))
-        logger.info("%s", shares)
+        logger.info("batch size %d, %s", settings.batch_size, shares)
         rows, started, reported = 0, time.perf_counter(), time.perf_counter()
         planned = sum(unit.num_rows for unit in units)
-        for rows_done in _published_rows(build_pipeline(settings, units, output, fingerprint, shares)):
+        for rows_done in _published_rows(build_pipeline(settings, units, writer, shares)):
             rows += rows_done
             now = time.perf_counter()
             if now - reported >= PROGRESS_SECONDS:
@@ -167,8 +172,7 @@ def _published_rows(pipeline: Dataset) -> Iterator[int]:
 def build_pipeline(
     settings: PurifyCorpusSettings,
     units: list[Unit],
-    output: str,
-    fingerprint: str,
+    writer: WriteUnits,
     shares: StageShares,
 ) -> Dataset:
     """Return the lazy pipeline from units to one row (name, rows) per published unit."""
@@ -205,7 +209,6 @@ def build_pipeline(
         cpus=shares.purify_cpus,
         gpus=shares.purify_gpus,
     )
-    writer = WriteUnits(output, fingerprint, settings.image_column, settings.keep_original)
     return map_in_tasks(purified, writer, shares)
 
 

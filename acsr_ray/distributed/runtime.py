@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import ray
 from pydantic import Field
 
-from acsr_ray.config import Device, Settings
+from acsr_ray.config import AcsrError, Device, Settings
 
 logger = logging.getLogger(__name__)
 
 
 class RaySettings(Settings):
-    """Where Ray runs and how much of it a job takes. None of this changes a pixel."""
+    """Where Ray runs and how much of it a job takes."""
 
     address: str | None = None
     """Cluster to join; default: RAY_ADDRESS where it is set (as in submitted jobs), else a local Ray."""
@@ -25,7 +25,11 @@ class RaySettings(Settings):
     actors: int | None = Field(None, ge=1)
     """Purification actors; default: one per GPU, or one per CPU."""
     threads_per_actor: int = Field(1, ge=1)
-    """Torch threads per actor; fixed, because results may differ in the last bit between thread counts."""
+    """Torch threads per actor; latents may differ in the last bit between thread counts, so keep it fixed."""
+
+
+class ResourceError(AcsrError, RuntimeError):
+    """The cluster lacks what the settings ask for."""
 
 
 @contextmanager
@@ -80,6 +84,8 @@ def share_resources(device: Device, settings: RaySettings, num_units: int) -> St
     total = cluster_resources()
     cpus, gpus = max(1.0, total.get("CPU", 1.0)), total.get("GPU", 0.0)
     on_gpu = device == "cuda" or (device == "auto" and gpus > 0)
+    if on_gpu and not gpus:
+        raise ResourceError("device is cuda, but the Ray cluster has no GPU")
     purify = min(settings.actors or int(gpus if on_gpu else cpus) or 1, num_units)
     # Encoding costs a small part of sparse coding on CPU; on GPU both pools share each card.
     encode = purify if on_gpu else math.ceil(purify / 4)

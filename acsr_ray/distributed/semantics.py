@@ -79,7 +79,7 @@ def learn_semantics(settings: LearnSemanticsSettings) -> dict[str, Any]:
         fits = cluster_classes(latents.latents, latents.labels, settings.elbow, settings.seed)
         assignments = _assign(latents, fits)
         clusters = _cluster_images(assignments)
-        in_flight = settings.max_in_flight or max(1, int(2 * cluster_resources()["CPU"]))
+        in_flight = settings.max_in_flight or max(1, int(2 * cluster_resources().get("CPU", 1.0)))
         paths = learn_dictionaries(
             clusters,
             settings.dictionary,

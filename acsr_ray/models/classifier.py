@@ -93,7 +93,9 @@ def encode(model: WideResNet, images: Tensor, image_size: int) -> Tensor:
     latents = []
     for start in range(0, len(images), ENCODER_MICRO_BATCH):
         part = images[start : start + ENCODER_MICRO_BATCH]
-        latents.append(model.latent(pad_batch(part, ENCODER_MICRO_BATCH))[: len(part)])
+        # Contiguous, because the memory layout chooses the kernel, and filling up changes the layout.
+        padded = pad_batch(part, ENCODER_MICRO_BATCH).contiguous()
+        latents.append(model.latent(padded)[: len(part)])
     return torch.cat(latents) if latents else images.new_zeros((0, model.latent_length))
 
 

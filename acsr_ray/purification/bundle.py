@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 from torch import Tensor
 
 from acsr_ray.artifacts import (
@@ -31,6 +31,9 @@ from acsr_ray.sparse.cbpdn import CbpdnConfig
 from acsr_ray.sparse.tikhonov import TikhonovConfig
 
 DEFAULT_BUNDLE = "cifar10-small"
+ALGORITHM_VERSION = 1
+"""Raised when the same bundle and input would give other pixels."""
+
 ENCODER = "encoder.safetensors"
 CLUSTERS = "clusters.safetensors"
 DICTIONARIES = "dictionaries.safetensors"
@@ -82,7 +85,11 @@ def save_bundle(directory: Path, bundle: Bundle, content: Mapping[str, Any]) -> 
     save_tensors(directory / ENCODER, bundle.encoder)
     save_tensors(directory / CLUSTERS, bundle.gaussians.pack())
     save_tensors(directory / DICTIONARIES, {"atoms": bundle.atoms.float()})
-    manifest = {"bundle": bundle.config.describe(), **content}
+    manifest = {
+        "algorithm_version": ALGORITHM_VERSION,
+        "bundle": bundle.config.describe(),
+        **content,
+    }
     finish_artifact(directory, "bundle", [ENCODER, CLUSTERS, DICTIONARIES], manifest)
 
 
@@ -94,7 +101,13 @@ def load_bundle(location: str | Path) -> Bundle:
     """
     directory = find_bundle(location)
     manifest = load_artifact(directory, "bundle")
-    config = BundleConfig.from_description(manifest["bundle"])
+    missing = {ENCODER, CLUSTERS, DICTIONARIES} - manifest["files"].keys()
+    if missing:
+        raise ArtifactError(f"{directory} has no digest of {', '.join(sorted(missing))}")
+    try:
+        config = BundleConfig.from_description(manifest["bundle"])
+    except (KeyError, ValidationError) as error:
+        raise ArtifactError(f"{directory} has no usable bundle settings: {error}") from error
     gaussians = Gaussians.unpack(load_tensors(directory / CLUSTERS))
     atoms = load_tensors(directory / DICTIONARIES)["atoms"].float()
     return Bundle(config, load_tensors(directory / ENCODER), gaussians, atoms)

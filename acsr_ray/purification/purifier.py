@@ -59,6 +59,9 @@ class Purifier(nn.Module):
         super().__init__()
         self.config = bundle.config
         self.device = torch.device(device)
+        if self.device.type == "cuda":
+            # TF32 convolutions differ from the CPU's by about 1e-3, enough to select other clusters.
+            torch.backends.cudnn.allow_tf32 = False
         self.encoder = restore_encoder(bundle.config.encoder, bundle.encoder, device)
         # Distances are summed in float64, so that a tie in float32 cannot fall either way.
         self.gaussians: Gaussians = bundle.gaussians.to(device, torch.float64)
@@ -69,6 +72,12 @@ class Purifier(nn.Module):
     def load(cls, bundle: str | Path = DEFAULT_BUNDLE, device: str = "cpu") -> Self:
         """Load a bundle by directory or packaged name; `ArtifactError` when it is absent or changed."""
         return cls(load_bundle(bundle), device)
+
+    def train(self, mode: bool = True) -> Self:
+        """Keep the frozen encoder in evaluation mode, whatever the model around the purifier does."""
+        super().train(mode)
+        self.encoder.eval()
+        return self
 
     def forward(self, images: Tensor) -> Tensor:
         """Return purified images; see `purify` for the contract."""

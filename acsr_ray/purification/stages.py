@@ -194,24 +194,36 @@ class WriteUnits:
         fingerprint: digest of the run's result-affecting settings.
         image_column: name of the image column.
         keep_original: also write the original image as `acsr_original`.
+        parked: shards with superseded files, whose new units stay hidden until the snapshot is committed.
     """
 
-    def __init__(self, output: str, fingerprint: str, image_column: str, keep_original: bool) -> None:
+    def __init__(
+        self,
+        output: str,
+        fingerprint: str,
+        image_column: str,
+        keep_original: bool,
+        parked: frozenset[str] = frozenset(),
+    ) -> None:
         self.ledger = Ledger(output)
         self.fingerprint = fingerprint
         self.image_column = image_column
         self.keep_original = keep_original
+        self.parked = parked
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Publish the table's unit."""
         (text,) = table[UNIT].unique().to_pylist()
-        name = Unit.from_json(text).output_name(self.fingerprint)
+        unit = Unit.from_json(text)
+        if table.num_rows != unit.num_rows:
+            raise RuntimeError(f"{table.num_rows} rows reached the writer of {unit.num_rows} of {unit.uri}")
+        name = unit.output_name(self.fingerprint)
         original = table[self.image_column]
         encoded = [
             None if pixels is None else encode_png(_array(pixels, height, width))
             for pixels, height, width in _pixel_rows(table)
         ]
-        quarantine = self._quarantine(table, text)
+        quarantine = self._quarantine(table, unit)
         outcome = table.select(OUTCOME.names)
         purified = table.drop_columns([*TRAVELLING, *OUTCOME.names])
         purified = _replace(purified, self.image_column, replace_bytes(original, encoded))
@@ -220,20 +232,30 @@ class WriteUnits:
         if self.keep_original:
             kept = pa.array([i if e is not None else None for i, e in enumerate(encoded)], pa.int64())
             purified = purified.append_column(ORIGINAL, original.take(kept))
-        receipt = self.ledger.publish(name, purified, quarantine)
+        receipt = self.ledger.publish(name, purified, quarantine, parked=unit.relative in self.parked)
         return pa.table({"name": [receipt.name], "rows": [receipt.rows]})
 
-    def _quarantine(self, table: pa.Table, text: str) -> pa.Table:
-        unit = Unit.from_json(text)
+    def _quarantine(self, table: pa.Table, unit: Unit) -> pa.Table:
         rows = [i for i, status in enumerate(table[STATUS].to_pylist()) if status == QUARANTINED]
         data = list(image_bytes(table[self.image_column].take(pa.array(rows, pa.int64()))))
+        paths = image_paths(table[self.image_column])
         columns = {
             "shard": pa.array([unit.uri] * len(rows), pa.string()),
             "row": pa.array([unit.first + row for row in rows], pa.int64()),
+            "path": pa.array([paths[row] for row in rows], pa.string()),
             "reason": table[REASON].take(pa.array(rows, pa.int64())),
             "bytes": pa.array(data, pa.large_binary()),
         }
         return pa.table(columns)
+
+
+def image_paths(column: pa.ChunkedArray) -> list[str | None]:
+    """Return the paths of a `{bytes, path}` column, Nones where there are none."""
+    kind = column.type
+    if not pa.types.is_struct(kind) or kind.get_field_index("path") < 0:
+        return [None] * len(column)
+    paths: list[str | None] = column.combine_chunks().field("path").to_pylist()
+    return paths
 
 
 def batches_by_size(table: pa.Table, batch_size: int) -> Iterator[tuple[list[int], torch.Tensor]]:
@@ -255,7 +277,7 @@ def replace_bytes(column: pa.ChunkedArray, encoded: Sequence[bytes | None]) -> p
     if not pa.types.is_struct(column.type):
         return pa.array(encoded, column.type)
     whole = column.combine_chunks()
-    fields = list(column.type)
+    fields = [field.with_nullable(True) for field in column.type]
     values = [
         pa.array(encoded, field.type) if field.name == "bytes" else child
         for field, child in zip(fields, whole.flatten(), strict=True)
@@ -282,5 +304,5 @@ def _scatter(length: int, rows: NDArray[Any], values: Sequence[Any]) -> list[Any
 
 def _replace(table: pa.Table, name: str, values: pa.Array) -> pa.Table:
     # The old field keeps the column's own metadata; a refused image may be null even where none was.
-    field = table.schema.field(name).with_nullable(True)
+    field = pa.field(name, values.type, nullable=True, metadata=table.schema.field(name).metadata)
     return table.set_column(table.column_names.index(name), field, values)

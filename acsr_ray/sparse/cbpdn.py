@@ -17,8 +17,10 @@ from acsr_ray.config import Described
 from acsr_ray.sparse.fourier import RealDft
 from acsr_ray.sparse.prox import soft_threshold
 
-CACHED_PIXELS = 128 * 128
+CACHED_PIXELS = 64 * 64
 """Factors of images up to this size are kept between calls; larger ones cost more memory than time."""
+CACHED_SIZES = 2
+"""Most sizes whose factors one solver keeps; each takes 24 C M (H + 1) W bytes or less in float32."""
 
 
 class CbpdnConfig(Described):
@@ -133,18 +135,27 @@ class Cbpdn:
 
     def _factor(self, size: tuple[int, int], like: Tensor) -> _Factor:
         key = (*size, like.dtype, like.device)
-        if key in self._factors:
-            return self._factors[key]
-        atoms = self.atoms.to(like.device, like.dtype).permute(2, 3, 0, 1)
+        if key not in self._factors:
+            # Outside of any inference mode, or a later call with gradients could not use the factor.
+            with torch.inference_mode(False):
+                factor = self._build_factor(size, like.dtype, like.device)
+            if math.prod(size) > CACHED_PIXELS:
+                return factor
+            newest = list(self._factors.items())[1 - CACHED_SIZES :]
+            self._factors = {**dict(newest), key: factor}
+        return self._factors[key]
+
+    def _build_factor(self, size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> _Factor:
+        atoms = self.atoms.to(device, dtype).permute(2, 3, 0, 1)
         padding = (0, 0, 0, 0, 0, size[1] - atoms.shape[1], 0, size[0] - atoms.shape[0])
-        dft = RealDft(*size, like.dtype, like.device)
+        dft = RealDft(*size, dtype, device)
         real, imaginary = dft.forward(F.pad(atoms, padding))
         forward = torch.complex(real, imaginary)
         identity = torch.eye(forward.shape[-1], dtype=forward.dtype, device=forward.device)
         # Images are rows here, so products run from the right and the adjoint stays untransposed.
         gram = forward.mH @ forward + self.config.penalty * identity
         adjoint = torch.linalg.solve(gram, forward.mH)
-        factor = _Factor(
+        return _Factor(
             dft,
             torch.stack(
                 (
@@ -159,9 +170,6 @@ class Cbpdn:
                 )
             ),
         )
-        if math.prod(size) <= CACHED_PIXELS:
-            self._factors = {**self._factors, key: factor}
-        return factor
 
 
 def _joined(spectrum: Tensor) -> Tensor:

@@ -28,7 +28,8 @@ class RealDft:
         self.height, self.width, self.half = height, width, width // 2 + 1
         self.by_matmul = max(height, width) <= MATMUL_SIDE
         if self.by_matmul:
-            matrices = _matrices(height, width)
+            with torch.inference_mode(False):
+                matrices = _matrices(height, width)
             self.rows, self.columns, self.rows_back, self.columns_back = (
                 matrix.to(device, dtype) for matrix in matrices
             )

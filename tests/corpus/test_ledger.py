@@ -143,3 +143,21 @@ def test_total_adds_up(ledger):
     assert sums["rows"] == 7
     assert sums["statuses"] == {PURIFIED: 4, QUARANTINED: 3}
     assert sums["quarantined"] == {"empty": 2, "decode_error": 1}
+
+
+def test_units_that_replace_others_appear_only_when_those_are_gone(ledger):
+    old, new = "a.rows-0000000-0000003.old.parquet", "a.rows-0000000-0000003.new.parquet"
+    ledger.publish(old, unit_table(), None)
+    receipt = ledger.publish(new, unit_table(), None, parked=True)
+    assert ledger.published() == {old}
+    assert ledger.finished() == {old, new}
+    assert ledger.receipt(new) == receipt
+    ledger.commit([receipt])
+    assert ledger.published() == ledger.finished() == {new}
+    assert pq.read_table(ledger.data / new).num_rows == 4
+
+
+def test_shards_are_remembered_by_version(ledger):
+    assert ledger.known_shards() == {}
+    ledger.commit([], {"file:///a.parquet": ("10-1", "digest")})
+    assert ledger.known_shards() == {"file:///a.parquet": ("10-1", "digest")}

@@ -54,9 +54,9 @@ def test_version_changes_with_the_content(tmp_path, write_shard):
 
 def test_image_folder_with_classes(tmp_path):
     root = tmp_path / "photos"
-    for name in ("cat/1.JPG", "cat/deep/2.png", "ant/3.webp", "top.bmp", "odd.gif"):
+    for name in ("cat/1.JPG", "cat/deep/2.png", "ant/3.webp", "top.bmp", "odd.gif", "ant/_DSC1.jpg"):
         put(root / name)
-    for name in ("readme.md", "cat/notes.txt", ".cache/4.png", "_bin/5.png", "cat/.thumb.png"):
+    for name in ("readme.md", "cat/notes.txt", ".cache/4.png", "cat/.thumb.png"):
         put(root / name)
     folder = find_source(str(root))
     assert isinstance(folder, ImageFolder)
@@ -64,7 +64,14 @@ def test_image_folder_with_classes(tmp_path):
     assert folder.class_names == ("ant", "cat")
     assert folder.num_skipped == 2
     labels = {file.path: folder.label(file) for file in folder.files}
-    assert labels == {"ant/3.webp": 0, "cat/1.JPG": 1, "cat/deep/2.png": 1, "odd.gif": None, "top.bmp": None}
+    assert labels == {
+        "ant/3.webp": 0,
+        "ant/_DSC1.jpg": 0,
+        "cat/1.JPG": 1,
+        "cat/deep/2.png": 1,
+        "odd.gif": None,
+        "top.bmp": None,
+    }
     assert list(labels) == sorted(labels)
 
 
@@ -83,7 +90,7 @@ def test_image_folder_without_classes(tmp_path):
         ((), "nowhere", "does not exist"),
         (("a.csv",), "a.csv", "neither a .parquet file nor a folder"),
         (("a.png",), "a.png", "neither a .parquet file nor a folder"),
-        (("in/a.csv", "in/.b.parquet", "in/_c/d.png"), "in", "neither Parquet shards nor images"),
+        (("in/a.csv", "in/.b.parquet", "in/.c/d.png"), "in", "neither Parquet shards nor images"),
     ],
 )
 def test_what_is_not_a_corpus_is_refused(tmp_path, names, location, message):

@@ -208,3 +208,24 @@ def test_a_killed_driver_is_resumed_without_loss_or_repetition(tmp_path, tiny_bu
     now = {path.name: path.stat().st_ino for path in (output / "data").glob("*.parquet")}
     assert {name: now[name] for name in done} == done, "a finished unit was written again"
     assert not list((output / "_acsr" / "staging").glob("*"))
+
+
+def test_readers_never_see_old_and_new_rows_together(tmp_path, tiny_bundle, ray_local, monkeypatch):
+    write_corpus(tmp_path / "in" / "a.parquet", 40)
+    run = settings(tmp_path / "in", tmp_path / "out", tiny_bundle)
+    purify_corpus(run)
+    before = read_output(tmp_path / "out")["image"].to_pylist()
+    write_corpus(tmp_path / "in" / "a.parquet", 40, seed=5)
+
+    def interrupted(self, receipts, shards):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("acsr_ray.corpus.ledger.Ledger.commit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            purify_corpus(run)
+    assert read_output(tmp_path / "out")["image"].to_pylist() == before
+    assert "nothing to do" in purify_corpus(run)["this run"]
+    after = read_output(tmp_path / "out")
+    assert after.num_rows == 40
+    assert all(new != old for new, old in zip(after["image"].to_pylist(), before, strict=True))

@@ -148,3 +148,21 @@ def test_a_bundle_needs_classes(tiny_bundle):
     fields = load_bundle(tiny_bundle).config.describe()
     with pytest.raises(ValidationError, match="class_names"):
         BundleConfig.from_description({**fields, "class_names": []})
+
+
+def test_a_manifest_must_vouch_for_every_file(copied):
+    path = copied / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["files"]["encoder.safetensors"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match=r"encoder\.safetensors"):
+        load_bundle(copied)
+
+
+def test_a_manifest_without_settings_is_refused(copied):
+    path = copied / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["bundle"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match="settings"):
+        load_bundle(copied)

@@ -7,7 +7,7 @@ from acsr_ray.models.classifier import encode, restore_encoder
 from acsr_ray.purification.bundle import load_bundle
 from acsr_ray.purification.purifier import Purifier, check_images
 from acsr_ray.purification.tiles import map_tiles
-from acsr_ray.sparse.cbpdn import Cbpdn
+from acsr_ray.sparse.cbpdn import CACHED_SIZES, Cbpdn
 from acsr_ray.sparse.tikhonov import tikhonov_split
 
 
@@ -228,3 +228,40 @@ def test_a_failed_solver_leaves_the_low_band(tiny_bundle, batch):
     lowpass, _ = tikhonov_split(images[hit], purifier.config.tikhonov)
     assert torch.allclose(outcome.images[hit], lowpass.clamp(0, 1), atol=1e-6)
     assert torch.isfinite(outcome.residual).all()
+
+
+def test_training_mode_around_the_purifier_changes_nothing(tiny_bundle, smooth_pixels):
+    purifier = Purifier.load(tiny_bundle)
+    images = torch.from_numpy(smooth_pixels(3, 16, 16, 1)).permute(0, 3, 1, 2) / 255
+    before = purifier.purify(images)
+    torch.nn.Sequential(purifier, torch.nn.Flatten()).train()
+    after = purifier.purify(images)
+    assert torch.equal(after.images, before.images)
+    assert torch.equal(after.distance, before.distance)
+
+
+def test_gradients_after_a_call_in_inference_mode(tiny_bundle, smooth_pixels):
+    purifier = Purifier.load(tiny_bundle)
+    images = torch.from_numpy(smooth_pixels(2, 16, 16, 1)).permute(0, 3, 1, 2) / 255
+    with torch.inference_mode():
+        purifier(images)
+    images = images.clone().requires_grad_()
+    purifier(images).square().sum().backward()
+    assert images.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_latents_and_distances_do_not_depend_on_batch_or_memory_layout(tiny_bundle, smooth_pixels, layout):
+    purifier = Purifier.load(tiny_bundle)
+    images = torch.from_numpy(smooth_pixels(70, 16, 16, 3)).permute(0, 3, 1, 2) / 255
+    alone = torch.cat([purifier.latents(image.contiguous()) for image in images.split(1)])
+    together = purifier.latents(images.contiguous(memory_format=layout))
+    assert torch.equal(together, alone)
+    assert torch.equal(purifier.select(together).distance, purifier.select(alone).distance)
+
+
+def test_factors_of_many_sizes_do_not_pile_up(tiny_bundle):
+    purifier = Purifier.load(tiny_bundle)
+    for side in range(8, 20):
+        purifier(torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(side)))
+    assert max(len(solver._factors) for solver in purifier.solvers) <= CACHED_SIZES

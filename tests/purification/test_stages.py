@@ -175,10 +175,11 @@ def test_quarantine_says_where_and_why(run, damaged, write_parquet, tmp_path):
     for name in sorted(ledger.published()):
         file = ledger.private / "quarantine" / name
         rows += pq.read_table(file).to_pylist() if file.exists() else []
-    assert [list(row) for row in rows] == [["shard", "row", "reason", "bytes"]] * 6
+    assert [list(row) for row in rows] == [["shard", "row", "path", "reason", "bytes"]] * 6
     assert {row["row"]: row["reason"] for row in rows} == EXPECTED
     for row in rows:
         assert row["shard"].endswith("/a.parquet")
+        assert row["path"] == damaged["image"][row["row"]].as_py()["path"]
         assert row["bytes"] == damaged["image"][row["row"]].as_py()["bytes"]
 
 
@@ -192,7 +193,7 @@ def test_unit_size_changes_no_row(run, damaged, write_parquet, tmp_path, unit_ro
 
 
 def test_batch_size_changes_no_byte(run, write_parquet, hf_table, smooth_pixels, encoded, tmp_path):
-    cells = [encoded(image) for image in smooth_pixels(20, 16, 16, seed=9)]
+    cells = [encoded(image) for image in smooth_pixels(70, 16, 16, seed=9)]
     cells[3:3] = [encoded(image) for image in smooth_pixels(4, 9, 21, seed=10)]
     cells[8] = b"damaged"
     path = write_parquet(tmp_path / "a.parquet", hf_table(cells))

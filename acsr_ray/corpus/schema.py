@@ -1,0 +1,24 @@
+"""The Hugging Face layout of image shards: the image type, and features in the schema's metadata."""
+
+import json
+from collections.abc import Sequence
+
+import pyarrow as pa
+
+from acsr_ray.columns import IMAGE, LABEL
+
+IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def image_features(keys: Sequence[str], class_names: Sequence[str]) -> dict[str, str]:
+    """Return schema metadata that tells Hugging Face readers what the columns are.
+
+    Args:
+        keys: string columns before the image.
+        class_names: names of the classes of `label`; no label column when empty.
+    """
+    features: dict[str, object] = {key: {"dtype": "string", "_type": "Value"} for key in keys}
+    features[IMAGE] = {"_type": "Image"}
+    if class_names:
+        features[LABEL] = {"names": list(class_names), "_type": "ClassLabel"}
+    return {"huggingface": json.dumps({"info": {"features": features}})}
