@@ -21,6 +21,7 @@ def unit_blocks(units: Sequence[Unit]) -> Dataset:
     context.enable_progress_bars = False
     context.issue_detectors_config.detectors = []
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     table = pa.table({UNIT: [unit.to_json() for unit in units]})
     return ray.data.from_arrow([table.slice(row, 1) for row in range(len(units))])
 
