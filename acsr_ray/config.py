@@ -63,11 +63,18 @@ def parse_job(job: type[JobT], section: str, args: Sequence[str] | None = None) 
     try:
         _check_flags(job, given)
         path = _config_path(given)
-        from_file = _flags_of(job, load_section(path, section)) if path else []
+        from_file = _flags_from(path, job, section) if path else []
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     return tyro.cli(job, args=[*from_file, *given], prog=f"{section}.py")
+
+
+def _flags_from(path: Path, job: type[JobSettings], section: str) -> list[str]:
+    try:
+        return _flags_of(job, load_section(path, section))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def load_section(path: Path, section: str) -> dict[str, Any]:
@@ -82,7 +89,7 @@ def load_section(path: Path, section: str) -> dict[str, Any]:
         raise ConfigError(f"{path} must hold one mapping per job, such as `{section}:`")
     for name in content:
         if name not in JOBS:
-            raise ConfigError(f"{path}: unknown section {name!r}{did_you_mean(str(name), JOBS)}")
+            raise ConfigError(f"unknown section {name!r}{did_you_mean(str(name), JOBS)}")
     return dict(content.get(section) or {})
 
 
@@ -126,13 +133,13 @@ def _flags_of(model: type[Settings], values: Mapping[str, Any], prefix: str = ""
     for key, value in values.items():
         if key not in model.model_fields:
             known = list(model.model_fields)
-            raise ConfigError(f"unknown key {prefix}{key!r}{did_you_mean(str(key), known)}")
+            raise ConfigError(f"unknown key '{prefix}{key}'{did_you_mean(str(key), known)}")
         nested = _field_settings(model.model_fields[key].annotation)
         name = f"--{prefix}{key}".replace("_", "-")
         if nested and isinstance(value, dict):
             flags += _flags_of(nested, value, f"{prefix}{key}.")
         elif value is None and type(None) not in get_args(model.model_fields[key].annotation):
-            raise ConfigError(f"key {prefix}{key!r} has no value")
+            raise ConfigError(f"key '{prefix}{key}' has no value")
         elif isinstance(value, bool):
             flags.append(name if value else f"--{prefix}no-{key}".replace("_", "-"))
         elif isinstance(value, list):
