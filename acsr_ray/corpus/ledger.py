@@ -149,15 +149,13 @@ class Ledger:
             self.private / "manifest.json",
             {"schema_version": MANIFEST_VERSION, "files": files, "shards": dict(shards)},
         )
-        for name in self.published() - files.keys():
+        for name in self.finished() - files.keys():
             (self.private / "quarantine" / name).unlink(missing_ok=True)
-            (self.data / name).unlink()
+            (self.data / name).unlink(missing_ok=True)
+            (self.ready / name).unlink(missing_ok=True)
             self._receipt_path(name).unlink(missing_ok=True)
         for name in _names(self.ready):
-            if name in files:
-                _link(self.ready / name, self.data / name)
-            else:
-                (self.ready / name).unlink()
+            _link(self.ready / name, self.data / name)
         self.sweep()
 
     def sweep(self) -> None:

@@ -103,6 +103,8 @@ def plan_units(
     source = find_source(location)
     if isinstance(source, ImageFolder) and image_column != IMAGE:
         raise CorpusError(f"{location} is a folder of images, whose column is always {IMAGE!r}")
+    if isinstance(source, ImageFolder) and source.num_skipped:
+        logger.info("%d files of %s are not images by their names", source.num_skipped, location)
     units: list[Unit] = []
     left = limit
     planned = (

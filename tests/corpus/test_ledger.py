@@ -161,3 +161,12 @@ def test_shards_are_remembered_by_version(ledger):
     assert ledger.known_shards() == {}
     ledger.commit([], {"file:///a.parquet": ("10-1", "digest")})
     assert ledger.known_shards() == {"file:///a.parquet": ("10-1", "digest")}
+
+
+def test_a_parked_unit_that_was_overtaken_leaves_nothing_behind(ledger):
+    overtaken = "a.rows-0000000-0000003.mid.parquet"
+    kept = ledger.publish(NAME, unit_table(), None)
+    ledger.publish(overtaken, unit_table(), refused_table(), parked=True)
+    ledger.commit([kept])
+    assert ledger.finished() == {NAME}
+    assert not [name for name in all_files(ledger) if ".mid" in name]
