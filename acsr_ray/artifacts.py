@@ -93,6 +93,15 @@ def finish_artifact(directory: Path, kind: str, files: Iterable[str], content: M
     write_json(directory / MANIFEST, manifest)
 
 
+def artifact_kind(directory: Path) -> str | None:
+    """Return what the manifest of a directory says it is, None when there is no readable manifest."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_bytes())
+    except (ValueError, OSError):
+        return None
+    return manifest.get("kind") if isinstance(manifest, dict) else None
+
+
 def load_artifact(directory: Path, kind: str) -> dict[str, Any]:
     """Return an artifact's manifest after checking its kind, version and every digest."""
     path = directory / MANIFEST

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from acsr_ray.artifacts import artifact_digest, load_artifact, load_tensors
 from acsr_ray.attacks.pgd import attack_pixels, pgd
@@ -112,7 +112,7 @@ def train_robust(settings: TrainRobustSettings) -> dict[str, Any]:
     metrics = {
         "inner attack": settings.attack.kind,
         **validation_metrics(model, settings.validation, config.image_size, device),
-        **_attacked_metrics(model, settings, config.image_size, device),
+        **attacked_metrics(model, settings.validation, settings.attack, config.image_size, device),
     }
     content = {
         "settings": settings.model_dump(mode="json", exclude={"config", "output"}),
@@ -178,17 +178,16 @@ def _targets(semantics: Path, data: LabelledImages) -> tuple[Gaussians, Tensor]:
     return gaussians, locate_clusters(gaussians, data.labels.tolist(), cluster_id.tolist())
 
 
-def _attacked_metrics(
-    model: WideResNet, settings: TrainRobustSettings, image_size: int, device: str
+def attacked_metrics(
+    model: nn.Module, shards: tuple[str, ...], attack: InnerAttack, image_size: int, device: str
 ) -> dict[str, Any]:
-    """Return the white-box accuracy under 10-step PGD, whatever attack was trained on."""
-    if not settings.validation:
+    """Return the white-box accuracy under 10-step PGD, whatever attack was trained on; {} without shards."""
+    if not shards:
         return {}
-    held_out = read_labelled(settings.validation, image_size)
+    held_out = read_labelled(shards, image_size)
     pixels = held_out.pixels[:ATTACK_EVALUATION_IMAGES]
     labels = held_out.labels[:ATTACK_EVALUATION_IMAGES]
-    threat = ThreatModel(settings.attack.norm, settings.attack.epsilon)
-    attacked = attack_pixels(model, pixels, labels, threat, device)
+    attacked = attack_pixels(model, pixels, labels, ThreatModel(attack.norm, attack.epsilon), device)
     return {
         "pgd_images": len(labels),
         "pgd_accuracy": accuracy(predict(model, attacked, device), labels),
