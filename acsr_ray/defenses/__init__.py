@@ -1,0 +1,1 @@
+"""Image transforms proposed as defences, under one interface; none of them needs the method's own parts."""
