@@ -12,6 +12,7 @@ from acsr_ray.config import JOBS, AcsrError, JobSettings, did_you_mean, parse_jo
 
 # job -> (module, settings class, function); imported only when the job runs, so --help stays quick.
 ENTRY_POINTS: Mapping[str, tuple[str, str, str]] = {
+    "prepare_corpus": ("acsr_ray.corpus.archives", "PrepareCorpusSettings", "prepare_corpus"),
     "train_baseline": ("acsr_ray.training.baseline", "TrainBaselineSettings", "train_baseline"),
     "learn_semantics": (
         "acsr_ray.distributed.semantics",

@@ -17,7 +17,15 @@ from pydantic import BaseModel, ConfigDict
 
 Device = Literal["auto", "cpu", "cuda"]
 
-JOBS = ("train_baseline", "learn_semantics", "train_robust", "build_bundle", "purify_corpus", "train_target")
+JOBS = (
+    "prepare_corpus",
+    "train_baseline",
+    "learn_semantics",
+    "train_robust",
+    "build_bundle",
+    "purify_corpus",
+    "train_target",
+)
 """Names of the jobs, which are the sections a settings file may have, in the order they run."""
 
 
