@@ -1,19 +1,17 @@
-"""Projected gradient descent on cross-entropy (Madry et al. 2018); a single step is FGSM."""
-
-from collections.abc import Callable
+"""Projected gradient descent on cross-entropy as training uses it (Madry et al. 2018); one step is FGSM."""
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from acsr_ray.attacks.gradient import Model, ascend, cross_entropy_of
 from acsr_ray.attacks.threat import ThreatModel
 
 EVALUATION_BATCH = 250
 
 
 def pgd(
-    model: Callable[[Tensor], Tensor],
+    model: Model,
     images: Tensor,
     labels: Tensor,
     *,
@@ -36,19 +34,13 @@ def pgd(
     Returns:
         Adversarial images of the same shape, detached.
     """
-    adversarial = images if generator is None else threat.random_start(images, generator)
-    for _ in range(steps):
-        adversarial = adversarial.detach().requires_grad_()
-        loss = F.cross_entropy(model(adversarial), labels, reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, adversarial)
-        with torch.no_grad():
-            adversarial = adversarial + step_size * threat.direction(gradient)
-            adversarial = threat.project(adversarial, images)
-    return adversarial.detach()
+    start = images if generator is None else threat.random_start(images, generator)
+    loss = cross_entropy_of(model, labels)
+    return ascend(loss, start, images, threat=threat, steps=steps, step_size=step_size)
 
 
 def attack_pixels(
-    model: Callable[[Tensor], Tensor],
+    model: Model,
     pixels: np.ndarray,
     labels: np.ndarray,
     threat: ThreatModel,

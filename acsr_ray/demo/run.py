@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from acsr_ray.attacks.torchattacks_adapter import AttackSpec, load_torchattacks, run_attack
+from acsr_ray.attacks.run import run_attack
+from acsr_ray.attacks.spec import AttackConfig
+from acsr_ray.attacks.torchattacks_adapter import load_torchattacks
 from acsr_ray.clustering.elbow import ElbowConfig
 from acsr_ray.columns import CLASS, IMAGE
 from acsr_ray.corpus.images import (
@@ -47,12 +49,22 @@ from acsr_ray.training.robust import InnerAttack, TrainRobustSettings, train_rob
 logger = logging.getLogger(__name__)
 
 EPSILON = 16 / 255
-ATTACKS = (
-    AttackSpec("FGSM", {"eps": EPSILON}),
-    AttackSpec("BIM", {"eps": EPSILON, "alpha": EPSILON / 10, "steps": 20}),
-    AttackSpec("DeepFool", {"steps": 30}, tuple({"overshoot": value} for value in (0.02, 0.5))),
-    AttackSpec("CW", {"c": 1.0, "steps": 60, "lr": 0.02}, tuple({"kappa": value} for value in (0.0, 3.0))),
-)
+ATTACKS = {
+    "FGSM": AttackConfig(name="torchattacks.FGSM", options={"eps": EPSILON}),
+    "BIM": AttackConfig(
+        name="torchattacks.BIM", options={"eps": EPSILON, "alpha": EPSILON / 10, "steps": 20}
+    ),
+    "DeepFool": AttackConfig(
+        name="torchattacks.DeepFool",
+        options={"steps": 30, "overshoot": 0.02},
+        strengths=({"overshoot": 0.5},),
+    ),
+    "CW": AttackConfig(
+        name="torchattacks.CW",
+        options={"c": 1.0, "steps": 60, "lr": 0.02, "kappa": 0.0},
+        strengths=({"kappa": 3.0},),
+    ),
+}
 CODE = CbpdnConfig(lmbda=0.1, iterations=30, rho=4.0)
 HEADER = ("test images", "target, bare %", "purified %", "float, bare %", "relative l2", "cluster of class %")
 PANEL_IMAGES = 10
@@ -192,12 +204,13 @@ def attack_variants(target: SmallCnn, split: Split) -> dict[str, tuple[Pixels, N
     images = torch.from_numpy(to_unit_range(split.pixels))
     labels = torch.from_numpy(split.labels)
     variants: dict[str, tuple[Pixels, NDArray[np.int64] | None]] = {"clean": (split.pixels, None)}
-    for spec in ATTACKS:
-        logger.info("attack: %s", spec.name)
-        attacked = run_attack(spec, target, images, labels)
+    for name, config in ATTACKS.items():
+        logger.info("attack: %s", name)
+        # All at once: torchattacks' CW stops for the batch as a whole.
+        attacked = run_attack(config, target, images, labels, seed=0, batch_size=None)
         with torch.inference_mode():
             floats = target(attacked.unrounded).argmax(1).numpy()
-        variants[spec.name] = (to_pixels(attacked.rounded.numpy()), floats)
+        variants[name] = (to_pixels(attacked.rounded.numpy()), floats)
     return variants
 
 

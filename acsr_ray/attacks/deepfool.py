@@ -1,0 +1,89 @@
+"""DeepFool (Moosavi-Dezfooli et al. 2016), batched: steps to the nearest linearised decision boundary."""
+
+import torch
+from torch import Tensor
+
+from acsr_ray.attacks.gradient import Model
+from acsr_ray.attacks.subset import subset_model
+
+FLOOR = 1e-12
+DEFAULT_RIVALS = 9
+
+
+def deepfool(
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    steps: int = 100,
+    overshoot: float = 0.02,
+    classes: int | None = None,
+) -> Tensor:
+    """Find small adversarial perturbations; every image stops at its own first misclassified point.
+
+    Args:
+        model: images to logits; asked for rows of the batch (`subset_model`) as images finish.
+        images: (N, 3, H, W) in [0, 1].
+        labels: (N,) int64; an image already misclassified is returned as it is.
+        steps: linearisations per image.
+        overshoot: share by which each step goes beyond the linearised boundary.
+        classes: rival classes considered, those of highest logit; None: nine, as in the paper's code.
+
+    Returns:
+        (N, 3, H, W) in [0, 1]; still classified right where `steps` did not suffice.
+    """
+    result = images.clone()
+    rows = torch.arange(len(images), device=images.device)
+    serving = model
+    for _ in range(steps):
+        leaf, logits = _forward(serving, result[rows])
+        rivals = min(classes or DEFAULT_RIVALS, logits.shape[1] - 1)
+        standing = (logits.argmax(1) == labels[rows]).nonzero()[:, 0]
+        if not len(standing):
+            break
+        fallen = len(rows) - len(standing)
+        if fallen:
+            rows, serving = rows[standing], subset_model(model, rows[standing])
+            # A backward pass over all rows, or one more forward pass over those left: the cheaper one.
+            if fallen * rivals > len(rows):
+                leaf, logits = _forward(serving, result[rows])
+                standing = torch.arange(len(rows), device=rows.device)
+        step = _nearest_boundary(leaf, logits, standing, labels[rows], rivals)
+        result[rows] = (result[rows] + (1 + overshoot) * step).clamp(0, 1)
+    return result
+
+
+def _forward(model: Model, images: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = images.detach().requires_grad_()
+    with torch.enable_grad():
+        return leaf, model(leaf)
+
+
+def _nearest_boundary(leaf: Tensor, logits: Tensor, standing: Tensor, labels: Tensor, rivals: int) -> Tensor:
+    """Return the shortest step (M, C, H, W) that makes a rival's linearised logit meet the label's.
+
+    Args:
+        leaf: (N, C, H, W) the images that `logits` were computed from.
+        logits: (N, J) with their graph.
+        standing: (M,) rows of interest.
+        labels: (M,) their labels.
+        rivals: classes to look at per image.
+    """
+    own = labels[:, None]
+    with torch.enable_grad():
+        ours = logits[standing]
+        ranked = ours.detach().scatter(1, own, -torch.inf).topk(rivals, dim=1).indices
+        gaps = ours.gather(1, own) - ours.gather(1, ranked)
+    shortest = torch.full((len(standing),), torch.inf, device=leaf.device, dtype=leaf.dtype)
+    step = torch.zeros_like(leaf[standing])
+    for rank in range(rivals):
+        (slope,) = torch.autograd.grad(gaps[:, rank].sum(), leaf, retain_graph=rank + 1 < rivals)
+        slope = slope[standing]
+        square = slope.flatten(1).square().sum(1).clamp(min=FLOOR**2)
+        gap = gaps[:, rank].detach()
+        length = gap / square.sqrt()
+        nearer = length < shortest
+        shortest = torch.where(nearer, length, shortest)
+        towards = -(gap / square).view(-1, 1, 1, 1) * slope
+        step = torch.where(nearer.view(-1, 1, 1, 1), towards, step)
+    return step
