@@ -22,6 +22,7 @@ ENTRY_POINTS: Mapping[str, tuple[str, str, str]] = {
     "train_robust": ("acsr_ray.training.robust", "TrainRobustSettings", "train_robust"),
     "build_bundle": ("acsr_ray.distributed.bundling", "BuildBundleSettings", "build_bundle"),
     "train_target": ("acsr_ray.training.target", "TrainTargetSettings", "train_target"),
+    "train_defense": ("acsr_ray.training.defense", "TrainDefenseSettings", "train_defense"),
     "purify_corpus": ("acsr_ray.demo.job", "PurifyCorpusSettings", "purify_or_demo"),
 }
 

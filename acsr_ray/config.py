@@ -25,6 +25,7 @@ JOBS = (
     "build_bundle",
     "purify_corpus",
     "train_target",
+    "train_defense",
 )
 """Names of the jobs, which are the sections a settings file may have, in the order they run."""
 

@@ -5,10 +5,12 @@ of the bank is placed; where it overlaps what is there, the cut of least differe
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor
 
 from acsr_ray.artifacts import (
@@ -29,13 +31,13 @@ KIND = "patch_bank"
 class PatchBankConfig(Described):
     """How a patch bank is collected."""
 
-    count: int = 50_000
+    count: int = Field(50_000, ge=1)
     """Patches in the bank."""
-    side: int = 5
+    side: int = Field(5, ge=2)
     """Side of a patch in pixels; the paper's is 5."""
 
 
-def save_patch_bank(directory: Path, patches: NDArray[np.uint8], content: dict[str, object]) -> None:
+def save_patch_bank(directory: Path, patches: NDArray[np.uint8], content: dict[str, Any]) -> None:
     """Write patches (B, P, P, 3) as artifact `patch_bank`."""
     begin_artifact(directory)
     save_tensors(directory / PATCHES, {"patches": torch.from_numpy(patches)})

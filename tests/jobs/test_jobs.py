@@ -103,6 +103,7 @@ def test_the_console_script_runs_jobs(name, monkeypatch, capsys):
 
 # job -> (options whose inputs are missing, what the message must say)
 MISSING = {
+    "train_defense": (["--kind", "magnet", "--train", "/nowhere"], "/nowhere does not exist"),
     "prepare_corpus": (["--dataset", "cifar10", "--source", "/nowhere"], "source /nowhere does not exist"),
     "train_baseline": (["--train", "/nowhere/a.parquet"], "/nowhere/a.parquet does not exist"),
     "learn_semantics": (["--train", "/nowhere", "--baseline", "/nowhere/b"], "no baseline at /nowhere/b"),
