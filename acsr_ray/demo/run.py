@@ -38,7 +38,9 @@ from acsr_ray.distributed.purify import PurifyCorpusSettings, purify_corpus
 from acsr_ray.distributed.runtime import ray_session
 from acsr_ray.distributed.semantics import LearnSemanticsSettings, learn_semantics
 from acsr_ray.evaluation.intervals import wilson_share
-from acsr_ray.evaluation.panels import draw_panel, html_report, magnified_difference
+from acsr_ray.evaluation.panels import draw_panel, magnified_difference
+from acsr_ray.evaluation.report import Panel, Section, html_report
+from acsr_ray.evaluation.tables import Table
 from acsr_ray.models.small_cnn import SmallCnn
 from acsr_ray.sparse.cbpdn import CbpdnConfig
 from acsr_ray.sparse.cdl import CdlConfig
@@ -273,7 +275,12 @@ def _overview(outcomes: list[Outcome]) -> Pixels:
 
 
 def _report(outcomes: list[Outcome], summary: dict[str, Any]) -> str:
-    panels = []
+    lead = (
+        f"{summary['images']} images of {len(outcomes)} shards, {summary['images/s']} images/s. "
+        "Attacks see the bare target only; attacked images are 8-bit. In brackets: Wilson 95 % intervals."
+    )
+    table = Table("", "", HEADER, tuple(outcome.row for outcome in outcomes))
+    sections = [Section(paragraphs=(lead,), tables=(table,))]
     for outcome in outcomes:
         before, after = outcome.before[:PANEL_IMAGES], outcome.after[:PANEL_IMAGES]
         rows = [
@@ -281,13 +288,8 @@ def _report(outcomes: list[Outcome], summary: dict[str, Any]) -> str:
             ("purified", after),
             ("change x 5", magnified_difference(after, before)),
         ]
-        panels.append((outcome.name, draw_panel(rows)))
-    lead = (
-        f"{summary['images']} images of {len(outcomes)} shards, {summary['images/s']} images/s. "
-        "Attacks see the bare target only; attacked images are 8-bit. In brackets: Wilson 95 % intervals."
-    )
-    table = [list(outcome.row) for outcome in outcomes]
-    return html_report("ACSR on scikit-learn's digits", lead, HEADER, table, panels)
+        sections.append(Section(outcome.name, panels=(Panel("Before, purified, change", draw_panel(rows)),)))
+    return html_report("ACSR on scikit-learn's digits", sections)
 
 
 def _forget(output: Path) -> None:

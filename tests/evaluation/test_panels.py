@@ -1,14 +1,9 @@
-"""Panels of images and the self-contained report."""
-
-import base64
-import io
-import re
+"""Panels of images."""
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from acsr_ray.evaluation.panels import GAP, LABEL_WIDTH, draw_panel, html_report, magnified_difference
+from acsr_ray.evaluation.panels import GAP, LABEL_WIDTH, draw_panel, magnified_difference
 
 
 def _pixels(*shape, seed=0):
@@ -45,28 +40,3 @@ def test_difference_is_magnified_around_grey():
     expected = [[[143, 78, 128], [255, 0, 133]], [[123, 128, 128], [128, 128, 128]]]
     np.testing.assert_array_equal(got[0], expected)
     assert got.dtype == np.uint8
-
-
-def test_report_holds_the_table_and_the_pictures():
-    panel = _pixels(7, 9)
-    page = html_report("Title", "Lead.", ("a", "b"), [("1", "2"), ("3", "4")], [("Panel", panel)])
-    assert "<h1>Title</h1><p>Lead.</p>" in page
-    assert "<tr><th>a</th><th>b</th></tr><tr><td>1</td><td>2</td></tr><tr><td>3</td><td>4</td></tr>" in page
-    encoded = re.search(r'src="data:image/png;base64,([^"]+)"', page)
-    decoded = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded[1]))))
-    np.testing.assert_array_equal(decoded, panel)
-
-
-def test_report_loads_nothing_from_elsewhere():
-    page = html_report("t", "l", ("h",), [("c",)], [("p", _pixels(3, 3)), ("q", _pixels(3, 3))])
-    assert not re.search(r"https?:|<script|<link|url\(|@import", page)
-    assert all(source.startswith("data:") for source in re.findall(r'src="([^"]*)"', page))
-    assert page.count("<img ") == 2
-
-
-def test_report_escapes_what_it_is_given():
-    bad = '<script>"x" & y</script>'
-    page = html_report(bad, bad, (bad,), [(bad,)], [(bad, _pixels(2, 2))])
-    assert "<script>" not in page
-    assert 'alt="&lt;script&gt;&quot;x&quot; &amp; y&lt;/script&gt;"' in page
-    assert page.count("&lt;script&gt;") == 7
