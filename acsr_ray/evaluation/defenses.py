@@ -1,45 +1,25 @@
-"""The registry of defences: a name and its parameters, as settings, to a `Defense`.
+"""Defences by name: settings to a `Defense`, its label and its fingerprint.
 
 A sweep names its defences by `DefenseConfig`. Each defence takes some parameters and refuses the others, so
 that a cell of a table cannot carry a number that did nothing.
 """
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from acsr_ray.artifacts import ArtifactError, artifact_digest
+from acsr_ray.artifacts import MANIFEST, ArtifactError, artifact_digest
 from acsr_ray.config import ConfigError, Described, did_you_mean
-from acsr_ray.defenses.base import Defense, Identity
-from acsr_ray.evaluation.cluster_defenses import (
-    FixedCluster,
-    NearestCluster,
-    PurifierDefense,
-    RandomCluster,
-    RankedCluster,
-)
-from acsr_ray.evaluation.dictionary_defenses import (
-    DictionaryDefense,
-    LowBand,
-    dct_atoms,
-    random_atoms,
-)
-from acsr_ray.evaluation.learned_defenses import Magnet, PixelDefend
-from acsr_ray.models.autoencoder import load_autoencoder
-from acsr_ray.models.pixel_cnn import load_pixel_cnn
-from acsr_ray.purification.bundle import ALGORITHM_VERSION, Bundle, bundle_digest, load_bundle
-from acsr_ray.purification.purifier import Purifier
-from acsr_ray.sparse.cbpdn import CbpdnConfig
-from acsr_ray.training.global_dictionary import load_global_dictionary
+from acsr_ray.defenses.base import Defense
+from acsr_ray.evaluation.cluster_defenses import PurifierDefense
+from acsr_ray.evaluation.defense_registry import DEFENSES, BuildRequest
+from acsr_ray.purification.bundle import ALGORITHM_VERSION, find_bundle
 
 __all__ = [
     "DEFENSES",
     "DefenseConfig",
-    "DefenseEntry",
     "PurifierDefense",
     "build_defense",
     "defense_digest",
@@ -49,16 +29,14 @@ __all__ = [
 DEFENSES_VERSION = 1
 """Raised when the same settings would give other pixels; part of every fingerprint."""
 
-ArtifactKind = Literal["magnet", "pixel_cnn", "global_dictionary", "patch_bank", "bundle"]
 Subsampling = Literal["4:4:4", "4:2:2", "4:2:0"]
-Parameters = Mapping[str, Any]
 
 
 class DefenseConfig(Described):
     """One defence of a sweep. Parameters left out take the defence's own default."""
 
     name: str
-    """Which defence; see `DEFENSES`."""
+    """Which defence; see `DEFENSES` in the registry."""
     artifact: str | None = None
     """Directory of what was trained for it, or of a bundle (or the name of a packaged one)."""
     seed: int = 0
@@ -135,23 +113,6 @@ class DefenseConfig(Described):
         return {**DEFENSES[self.name].defaults, **self.given()}
 
 
-Build = Callable[[Parameters, DefenseConfig, str], Defense]
-
-
-@dataclass(frozen=True)
-class DefenseEntry:
-    """What the registry knows of a defence: title, builder, defaults (`...` for required), artifact.
-
-    `headline` is the parameter that a label always shows.
-    """
-
-    title: str
-    build: Build
-    defaults: Parameters
-    artifact: ArtifactKind | None = None
-    headline: str | None = None
-
-
 def build_defense(config: DefenseConfig, device: str = "cpu") -> Defense:
     """Return a defence ready for use.
 
@@ -166,7 +127,7 @@ def build_defense(config: DefenseConfig, device: str = "cpu") -> Defense:
     check_artifact(config)
     entry = DEFENSES[config.name]
     try:
-        defense = entry.build(config.parameters(), config, device)
+        defense = entry.build(BuildRequest(config.parameters(), config.artifact or "", config.seed, device))
     except ModuleNotFoundError as error:
         raise ConfigError(f"{config.name} needs {error.name}: pip install 'acsr-ray[evaluation]'") from error
     except ArtifactError:
@@ -185,12 +146,13 @@ def check_artifact(config: DefenseConfig) -> None:
     if kind == "bundle":
         if config.artifact is None:
             raise ArtifactError(f"{config.name} needs artifact: a bundle, made by jobs/build_bundle.py")
-        bundle_digest(config.artifact)
+        if not (find_bundle(config.artifact) / MANIFEST).is_file():
+            raise ArtifactError(f"{config.name}: {config.artifact} is no bundle: {MANIFEST} is missing")
         return
     command = f"jobs/train_defense.py --kind {kind} --train SHARDS --output {config.artifact or 'DIR'}"
     if config.artifact is None:
         raise ArtifactError(f"{config.name} needs artifact: a {kind}, made by `{command}`")
-    if not (Path(config.artifact) / "manifest.json").is_file():
+    if not (Path(config.artifact) / MANIFEST).is_file():
         raise ArtifactError(f"{config.name}: no {kind} at {config.artifact}; make it by `{command}`")
 
 
@@ -220,15 +182,11 @@ def defense_digest(config: DefenseConfig) -> str:
     }
     kind = DEFENSES[config.name].artifact
     if config.artifact is not None:
-        is_bundle = kind == "bundle"
-        content["artifact"] = (bundle_digest if is_bundle else _digest_at)(config.artifact)
+        directory = find_bundle(config.artifact) if kind == "bundle" else Path(config.artifact)
+        content["artifact"] = artifact_digest(directory)
     if kind in ("bundle", "global_dictionary"):
         content["algorithm_version"] = ALGORITHM_VERSION
     return json.dumps(content, sort_keys=True)
-
-
-def _digest_at(location: str) -> str:
-    return artifact_digest(Path(location))
 
 
 def _shown(key: str, value: Any) -> str:  # noqa: ANN401
@@ -236,167 +194,3 @@ def _shown(key: str, value: Any) -> str:  # noqa: ANN401
         return f"{round(value * 255)}/255"
     number = f"{value:g}" if isinstance(value, float) else str(value)
     return f"lambda {number}" if key == "lmbda" else number
-
-
-def with_strength(cbpdn: CbpdnConfig, lmbda: float | None) -> CbpdnConfig:
-    """Return sparse coding with another lmbda, and rho scaled like sporco's rule 50 lmbda + 1.
-
-    The ratio of the two is the threshold of an iteration; with rho left as it was, a fixed number of
-    iterations would end far from the optimum for a lmbda far from the artifact's.
-    """
-    if lmbda is None or lmbda == cbpdn.lmbda:
-        return cbpdn
-    rho = None if cbpdn.rho is None else cbpdn.rho * (50 * lmbda + 1) / (50 * cbpdn.lmbda + 1)
-    return CbpdnConfig(**{**cbpdn.model_dump(), "lmbda": lmbda, "rho": rho})
-
-
-def _bundle(parameters: Parameters, config: DefenseConfig) -> Bundle:
-    bundle = load_bundle(str(config.artifact))
-    cbpdn = with_strength(bundle.config.cbpdn, parameters.get("lmbda"))
-    return replace(bundle, config=bundle.config.model_copy(update={"cbpdn": cbpdn}))
-
-
-def _purifier(parameters: Parameters, config: DefenseConfig, device: str) -> Purifier:
-    return Purifier(_bundle(parameters, config), device)
-
-
-# Some transforms load libraries that purification does without, so they are imported when asked for.
-
-
-def _none(parameters: Parameters, config: DefenseConfig, device: str) -> Defense:
-    return Identity()
-
-
-def _jpeg(parameters: Parameters, config: DefenseConfig, device: str) -> Defense:
-    from acsr_ray.defenses.compression import Jpeg
-
-    return Jpeg(**parameters)
-
-
-def _shield(parameters: Parameters, config: DefenseConfig, device: str) -> Defense:
-    from acsr_ray.defenses.compression import Shield
-
-    return Shield()
-
-
-def _median(parameters: Parameters, config: DefenseConfig, device: str) -> Defense:
-    from acsr_ray.defenses.smoothing import Median
-
-    return Median(**parameters)
-
-
-def _gaussian(parameters: Parameters, config: DefenseConfig, device: str) -> Defense:
-    from acsr_ray.defenses.smoothing import Gaussian
-
-    return Gaussian(**parameters)
-
-
-def _tvm(parameters: Parameters, config: DefenseConfig, device: str) -> Defense:
-    from acsr_ray.defenses.total_variation import TotalVariation
-
-    return TotalVariation(**parameters)
-
-
-def _tvm_dropout(parameters: Parameters, config: DefenseConfig, device: str) -> Defense:
-    from acsr_ray.defenses.total_variation import TotalVariationDropout
-
-    return TotalVariationDropout(**parameters)
-
-
-def _quilting(parameters: Parameters, config: DefenseConfig, device: str) -> Defense:
-    from acsr_ray.defenses.quilting import Quilting, load_patch_bank
-
-    return Quilting(load_patch_bank(Path(str(config.artifact))), **parameters)
-
-
-def _crop_ensemble(parameters: Parameters, config: DefenseConfig, device: str) -> Defense:
-    from acsr_ray.defenses.crops import CropEnsemble
-
-    return CropEnsemble(**parameters)
-
-
-def _pixel_deflection(parameters: Parameters, config: DefenseConfig, device: str) -> Defense:
-    from acsr_ray.defenses.deflection import PixelDeflection
-
-    return PixelDeflection(**parameters)
-
-
-def _magnet(parameters: Parameters, config: DefenseConfig, device: str) -> Defense:
-    return Magnet(load_autoencoder(Path(str(config.artifact)), device))
-
-
-def _pixel_defend(parameters: Parameters, config: DefenseConfig, device: str) -> Defense:
-    return PixelDefend(load_pixel_cnn(Path(str(config.artifact)), device), **parameters)
-
-
-def _stl(parameters: Parameters, config: DefenseConfig, device: str) -> Defense:
-    learnt = load_global_dictionary(Path(str(config.artifact)))
-    cbpdn = with_strength(learnt.cbpdn, parameters["lmbda"])
-    return DictionaryDefense(learnt.atoms, cbpdn, learnt.tikhonov, device)
-
-
-def _acsr(parameters: Parameters, config: DefenseConfig, device: str) -> Defense:
-    return NearestCluster(_purifier(parameters, config, device), parameters["reselect"])
-
-
-def _random_cluster(parameters: Parameters, config: DefenseConfig, device: str) -> Defense:
-    return RandomCluster(_purifier(parameters, config, device))
-
-
-def _rank(parameters: Parameters, config: DefenseConfig, device: str) -> Defense:
-    return RankedCluster(_purifier(parameters, config, device), parameters["rank"])
-
-
-def _cluster(parameters: Parameters, config: DefenseConfig, device: str) -> Defense:
-    return FixedCluster(_purifier(parameters, config, device), parameters["cluster"])
-
-
-def _random_atoms(parameters: Parameters, config: DefenseConfig, device: str) -> Defense:
-    bundle = _bundle(parameters, config)
-    count, channels, height, width = bundle.atoms.shape[1:]
-    atoms = random_atoms((count, channels, height, width), config.seed)
-    return DictionaryDefense(atoms, bundle.config.cbpdn, bundle.config.tikhonov, device)
-
-
-def _dct_atoms(parameters: Parameters, config: DefenseConfig, device: str) -> Defense:
-    bundle = _bundle(parameters, config)
-    atoms = dct_atoms(bundle.atoms.shape[1], bundle.atoms.shape[-1])
-    return DictionaryDefense(atoms, bundle.config.cbpdn, bundle.config.tikhonov, device)
-
-
-def _low_band(parameters: Parameters, config: DefenseConfig, device: str) -> Defense:
-    return LowBand(_bundle(parameters, config).config.tikhonov)
-
-
-LMBDA: Parameters = {"lmbda": None}
-DEFENSES: Mapping[str, DefenseEntry] = {
-    "none": DefenseEntry("No defense", _none, {}),
-    "jpeg": DefenseEntry("JPEG", _jpeg, {"quality": 75, "subsampling": "4:2:0"}, headline="quality"),
-    "shield": DefenseEntry("SHIELD", _shield, {}),
-    "median": DefenseEntry("Median", _median, {"size": 3}, headline="size"),
-    "gaussian": DefenseEntry("Gaussian", _gaussian, {"sigma": 0.5}, headline="sigma"),
-    "tvm": DefenseEntry("TVM", _tvm, {"weight": 0.03}, headline="weight"),
-    "tvm_dropout": DefenseEntry(
-        "TVM dropout", _tvm_dropout, {"weight": 0.03, "keep": 0.5}, headline="weight"
-    ),
-    "quilting": DefenseEntry(
-        "Quilting", _quilting, {"neighbours": 10, "overlap": 2, "seams": True}, "patch_bank", "neighbours"
-    ),
-    "crop_ensemble": DefenseEntry("Crop ensemble", _crop_ensemble, {"crops": 30, "crop": 0.4}, None, "crop"),
-    "pixel_deflection": DefenseEntry(
-        "Pixel deflection",
-        _pixel_deflection,
-        {"deflections": 100, "window": 10, "sigma": 0.04},
-        headline="deflections",
-    ),
-    "magnet": DefenseEntry("MagNet", _magnet, {}, "magnet"),
-    "pixel_defend": DefenseEntry("PixelDefend", _pixel_defend, {"epsilon": 16 / 255}, "pixel_cnn", "epsilon"),
-    "stl": DefenseEntry("STL", _stl, LMBDA, "global_dictionary", "lmbda"),
-    "acsr": DefenseEntry("ACSR", _acsr, {**LMBDA, "reselect": 0}, "bundle", "lmbda"),
-    "random_atoms": DefenseEntry("Random atoms", _random_atoms, LMBDA, "bundle", "lmbda"),
-    "dct_atoms": DefenseEntry("DCT atoms", _dct_atoms, LMBDA, "bundle", "lmbda"),
-    "random_cluster": DefenseEntry("Random cluster", _random_cluster, LMBDA, "bundle", "lmbda"),
-    "rank": DefenseEntry("Cluster of rank", _rank, {"rank": ..., **LMBDA}, "bundle", "rank"),
-    "cluster": DefenseEntry("Cluster", _cluster, {"cluster": ..., **LMBDA}, "bundle", "cluster"),
-    "low_band": DefenseEntry("Low band", _low_band, {}, "bundle"),
-}
