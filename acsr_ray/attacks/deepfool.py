@@ -7,7 +7,11 @@ from acsr_ray.attacks.gradient import Model
 from acsr_ray.attacks.subset import subset_model
 
 FLOOR = 1e-12
-DEFAULT_RIVALS = 9
+DEFAULT_RIVALS = 5
+"""Rivals looked at: on a CIFAR WideResNet the norms are 0.1 % above those of all nine, at 2/3 of the time."""
+PUSH = 1e-4
+"""l2 length added to every step, as in the paper's code: an image can land so near to the boundary that
+the remaining step is lost in float32, and would stay there for all its steps."""
 
 
 def deepfool(
@@ -27,7 +31,7 @@ def deepfool(
         labels: (N,) int64; an image already misclassified is returned as it is.
         steps: linearisations per image.
         overshoot: share by which each step goes beyond the linearised boundary.
-        classes: rival classes considered, those of highest logit; None: nine, as in the paper's code.
+        classes: rival classes considered, those of highest logit; None: five.
 
     Returns:
         (N, 3, H, W) in [0, 1]; still classified right where `steps` did not suffice.
@@ -84,6 +88,6 @@ def _nearest_boundary(leaf: Tensor, logits: Tensor, standing: Tensor, labels: Te
         length = gap / square.sqrt()
         nearer = length < shortest
         shortest = torch.where(nearer, length, shortest)
-        towards = -(gap / square).view(-1, 1, 1, 1) * slope
+        towards = -((length + PUSH) / square.sqrt()).view(-1, 1, 1, 1) * slope
         step = torch.where(nearer.view(-1, 1, 1, 1), towards, step)
     return step

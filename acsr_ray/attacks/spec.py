@@ -79,7 +79,7 @@ class AttackConfig(Described):
     overshoot: float = Field(0.02, ge=0)
     """deepfool: share by which the perturbation goes beyond the linearised boundary."""
     classes: int | None = Field(None, ge=1)
-    """deepfool: rival classes that are looked at, by logit; None: the 9 best."""
+    """deepfool: rival classes that are looked at, by logit; None: the 5 best."""
     queries: int = Field(5000, ge=1)
     """square: model queries per image."""
     options: dict[str, Any] = Field(default_factory=dict)
