@@ -207,11 +207,13 @@ def _finish(figure: "Figure", axes: "Sequence[Axes]", title: str, svg: Path | No
     figure.suptitle(_text(title), fontsize="medium")
     if axes[0].get_legend_handles_labels()[1]:
         axes[0].legend(fontsize="small")
+    # The picture first: each rendering moves the layout a little, and the bytes must not depend on `svg`.
+    png = _render(figure, "png", {"Software": None})
     if svg:
         # Fixed salt and no date: the same data is the same file.
         with load_extra("matplotlib").rc_context({"svg.hashsalt": "acsr-ray"}):
             atomic_write(svg, _render(figure, "svg", {"Date": None}))
-    return _render(figure, "png", {"Software": None})
+    return png
 
 
 def _render(figure: "Figure", kind: str, metadata: dict[str, Any]) -> bytes:
