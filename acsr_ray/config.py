@@ -26,6 +26,7 @@ JOBS = (
     "purify_corpus",
     "train_target",
     "train_defense",
+    "sweep_attacks",
 )
 """Names of the jobs, which are the sections a settings file may have, in the order they run."""
 

@@ -32,6 +32,7 @@ from acsr_ray.models.alexnet import AlexNet
 from acsr_ray.models.classifier import load_classifier
 from acsr_ray.models.googlenet import GoogLeNet
 from acsr_ray.models.resnet import ResNet50
+from acsr_ray.models.resnet9 import ResNet9
 from acsr_ray.models.small_cnn import SmallCnn
 from acsr_ray.models.vgg import Vgg16
 from acsr_ray.models.wide_resnet import build_wide_resnet
@@ -40,6 +41,7 @@ WEIGHTS = "weights.safetensors"
 NETWORKS: Mapping[str, Callable[[int, float, int], nn.Module]] = {
     "alexnet": AlexNet,
     "vgg16": Vgg16,
+    "resnet9": ResNet9,
     "resnet50": ResNet50,
     "googlenet": GoogLeNet,
 }
@@ -55,7 +57,7 @@ class TargetConfig(Described):
     """What it takes to build a target of ours and feed it."""
 
     architecture: str = "vgg16"
-    """`alexnet`, `vgg16`, `resnet50`, `googlenet`, `small_cnn` or `wrn-DEPTH-WIDTH`."""
+    """`alexnet`, `vgg16`, `resnet9`, `resnet50`, `googlenet`, `small_cnn` or `wrn-DEPTH-WIDTH`."""
     num_classes: int = Field(10, ge=2)
     """J."""
     width: float = Field(1.0, gt=0)

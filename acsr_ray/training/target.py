@@ -39,7 +39,7 @@ class TrainTargetSettings(JobSettings):
     output: Path
     """Folder of the artifact (`target/`)."""
     architecture: str = "vgg16"
-    """`alexnet`, `vgg16`, `resnet50`, `googlenet`, `small_cnn` or `wrn-DEPTH-WIDTH`."""
+    """`alexnet`, `vgg16`, `resnet9`, `resnet50`, `googlenet`, `small_cnn` or `wrn-DEPTH-WIDTH`."""
     width: float = Field(1.0, gt=0)
     """Factor on every channel count; 0.25 for CPUs."""
     image_size: int = Field(32, ge=8)

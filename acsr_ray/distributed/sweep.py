@@ -1,0 +1,350 @@
+"""Attack-evaluation sweeps on Ray: calibrate, attack, defend; every unit a task with a fingerprint.
+
+```
+OUT/calibrations/<fingerprint>.json       budget of one (data, target, attack)
+OUT/adversarial/<fingerprint>.parquet     one attacked chunk; every defence reads the same one
+OUT/outcomes/<fingerprint>.parquet        one chunk, defended and classified
+OUT/results.parquet, tables/, figures/, report.html, grid.json
+```
+Files are published atomically, so a killed sweep goes on where it stopped, and equals an uninterrupted one.
+"""
+
+import io
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import torch
+from pydantic import Field
+
+from acsr_ray.artifacts import atomic_write, write_json
+from acsr_ray.attacks.spec import AttackConfig
+from acsr_ray.config import AcsrError, Device, JobSettings
+from acsr_ray.distributed.runtime import RaySettings, ResourceError, cluster_resources, ray_session
+from acsr_ray.evaluation.cells import (
+    Chunk,
+    attack_unit,
+    calibrate_unit,
+    defend_unit,
+    fingerprint,
+    target_of,
+)
+from acsr_ray.evaluation.defenses import defense_digest
+from acsr_ray.evaluation.grid import Grid, SweepAttack, SweepTarget, read_grid
+from acsr_ray.evaluation.layouts import write_results
+from acsr_ray.evaluation.plan import EvaluationSet, Plan, load_set, plan_units, unit_chunk
+from acsr_ray.evaluation.presets import Variant, preset_grid
+from acsr_ray.evaluation.results import collect
+
+logger = logging.getLogger(__name__)
+
+PROGRESS_SECONDS = 10.0
+MAX_RETRIES = 3
+SHOWN_FAILURES = 3
+
+Unit = TypeVar("Unit")
+
+
+class SweepError(AcsrError, RuntimeError):
+    """Some units failed; what finished is kept, and the same command goes on from there."""
+
+
+class SweepAttacksSettings(JobSettings):
+    """Evaluate defences under attacks: a YAML grid, or a table or figure of the paper; tables and report."""
+
+    grid: Path | None = None
+    """YAML file of the grid. Give either this, or `table`, or `figure`."""
+    table: Literal["1", "2", "3", "4", "4-128", "5", "adaptive", "graybox"] | None = None
+    """Preset: a table of the paper (4 at 64 pixels, 4-128 at 128), `adaptive` (by what the attacker knows),
+    or `graybox` (all defences at equal clean accuracy)."""
+    figure: Literal["2", "3", "4"] | None = None
+    """Preset: a figure of the paper."""
+    variant: Variant = "small"
+    """`small` for two CPU cores (quarter-width targets, few images), `full` for GPUs."""
+    data: Path = Path(".data")
+    """Presets: folder that holds the data sets' folders (`cifar10/`, `imagenet10-64/`, `moderation5/`)."""
+    artifacts: Path = Path(".runs/eval")
+    """Presets: folder that holds targets, bundles and trained defences."""
+    bundle: str = "cifar10-small"
+    """Presets: bundle that purifies CIFAR-10, by directory or packaged name."""
+    images: int | None = Field(None, ge=1)
+    """Test images per data set, in place of the preset's or grid's number."""
+    output: Path
+    """Folder of cached units and results."""
+    device: Device = "auto"
+    """Where units compute; auto takes the cluster's GPUs if there are any."""
+    task_gpus: float = Field(0.25, gt=0, le=1)
+    """GPU share of a unit when units compute on GPUs."""
+    task_cpus: float = Field(1.0, gt=0)
+    """CPUs of a unit; it uses as many threads, at least one."""
+    ray: RaySettings = RaySettings()
+    """Where Ray runs."""
+
+
+def sweep_attacks(settings: SweepAttacksSettings) -> dict[str, Any]:
+    """Run a sweep, write its tables, figures and report, and return what they are.
+
+    Raises:
+        GridError: the grid cannot be run.
+        SweepError: some units failed.
+    """
+    grid = _grid_of(settings)
+    started = time.perf_counter()
+    with ray_session(settings.ray):
+        runner = _Runner(settings)
+        sets = _load_sets(grid)
+        targets = {entry.name: target_of(entry, "cpu").digest for entry in grid.targets}
+        defenses = {entry.name: defense_digest(entry.config) for entry in grid.defenses}
+        budgets = _calibrate(runner, grid, sets, targets)
+        plan = plan_units(grid, sets, targets, defenses, budgets)
+        logger.info(
+            "%d images, %d units of attack, %d of defence",
+            sum(len(loaded) for loaded in sets if loaded.split == "test"),
+            len(plan.attacks),
+            len(plan.defends),
+        )
+        _run_plan(runner, plan, sets)
+    write_json(settings.output / "grid.json", grid.describe())
+    results = collect(plan, sets, settings.output)
+    pq.write_table(results.table, settings.output / "results.parquet")
+    written = write_results(grid, sets, results, settings.output)
+    return {
+        "units": len(plan.attacks) + len(plan.defends),
+        "from the cache": runner.cached,
+        "minutes": round((time.perf_counter() - started) / 60, 1),
+        "warnings": len(written.warnings),
+        "report": str(written.report.resolve()),
+    }
+
+
+def _grid_of(settings: SweepAttacksSettings) -> Grid:
+    chosen = [value for value in (settings.grid, settings.table, settings.figure) if value is not None]
+    if len(chosen) != 1:
+        raise SweepError("give exactly one of --grid, --table and --figure")
+    if settings.grid is not None:
+        grid = read_grid(settings.grid)
+    else:
+        name = f"table {settings.table}" if settings.table else f"figure {settings.figure}"
+        grid = preset_grid(name, settings.variant, settings.data, settings.artifacts, settings.bundle)
+    if settings.images is None:
+        return grid
+    data = tuple(entry.model_copy(update={"images": settings.images}) for entry in grid.data)
+    return grid.model_copy(update={"data": data})
+
+
+def _load_sets(grid: Grid) -> list[EvaluationSet]:
+    seed, sets = grid.seeds[0], []
+    for data in grid.data:
+        sets.append(load_set(data, "test", seed, grid.chunk))
+        if data.validation:
+            sets.append(load_set(data, "validation", seed, grid.chunk))
+    return sets
+
+
+def _calibrate(
+    runner: "_Runner", grid: Grid, sets: Sequence[EvaluationSet], digests: Mapping[str, str]
+) -> dict[tuple[str, str, str], AttackConfig]:
+    """Return the calibrated attack of each (data, target, attack) that asks for it."""
+    wanted: dict[str, tuple[EvaluationSet, SweepTarget, SweepAttack]] = {}
+    for loaded in sets:
+        if loaded.split != "validation":
+            continue
+        for target in grid.targets_of(loaded.data.name):
+            for attack in grid.attacks:
+                if attack.calibrate_to is None:
+                    continue
+                parts = [
+                    "calibrate",
+                    list(loaded.digests),
+                    digests[target.name],
+                    attack.attack.describe(),
+                    attack.calibrate_to,
+                    grid.seeds[0],
+                ]
+                wanted[fingerprint(parts)] = (loaded, target, attack)
+    chunks = {id(loaded): ray.put(loaded.whole()) for loaded, _, _ in wanted.values()}
+
+    def submit(key: str) -> "ray.ObjectRef[Any]":
+        loaded, target, attack = wanted[key]
+        return runner.task(_calibrate_task).remote(
+            chunks[id(loaded)], attack, target, grid.seeds[0], runner.device, runner.threads
+        )
+
+    paths = {key: runner.output / "calibrations" / f"{key}.json" for key in wanted}
+    runner.run("calibrations", list(wanted), paths.__getitem__, submit)
+    found = {}
+    for key, (loaded, target, attack) in wanted.items():
+        content = json.loads(paths[key].read_bytes())
+        config = AttackConfig.from_description(content["attack"])
+        logger.info(
+            "%s, %s, %s: calibrated to %s, validation accuracy %.1f %% %s",
+            loaded.data.name,
+            target.name,
+            attack.name,
+            config.label,
+            100 * content["accuracy"],
+            content["note"],
+        )
+        found[loaded.data.name, target.name, attack.name] = config
+    return found
+
+
+def _run_plan(runner: "_Runner", plan: Plan, sets: Sequence[EvaluationSet]) -> None:
+    chunks = [[ray.put(chunk) for chunk in loaded.chunks] for loaded in sets]
+    attacks = {unit.fingerprint: unit for unit in plan.attacks}
+    defends = {unit.fingerprint: unit for unit in plan.defends}
+    adversarial, outcomes = runner.output / "adversarial", runner.output / "outcomes"
+
+    def submit_attack(key: str) -> "ray.ObjectRef[Any]":
+        unit = attacks[key]
+        return runner.task(_attack_task).remote(
+            chunks[unit.set_index][unit.chunk_index],
+            len(unit_chunk(sets, unit)),
+            unit.attack,
+            unit.crafted_on,
+            unit.defense.config if unit.defense else None,
+            unit.seed,
+            runner.device,
+            runner.threads,
+        )
+
+    def submit_defend(key: str) -> "ray.ObjectRef[Any]":
+        unit = defends[key]
+        attacked = None if unit.attacked_by is None else str(adversarial / f"{unit.attacked_by}.parquet")
+        return runner.task(_defend_task).remote(
+            chunks[unit.set_index][unit.chunk_index],
+            len(unit_chunk(sets, unit)),
+            attacked,
+            unit.target,
+            unit.defense.config,
+            runner.device,
+            runner.threads,
+        )
+
+    # Costly units first, so that the last to start is a short one.
+    order = sorted(attacks, key=lambda key: -_expected_cost(attacks[key].attack))
+    runner.run("attacks", order, lambda key: adversarial / f"{key}.parquet", submit_attack)
+    runner.run("defences", list(defends), lambda key: outcomes / f"{key}.parquet", submit_defend)
+
+
+def _expected_cost(entry: SweepAttack) -> int:
+    steps = entry.attack.queries if entry.attack.name == "square" else entry.attack.num_steps
+    return steps * (20 if entry.adaptive else 1) * entry.eot_samples
+
+
+class _Runner:
+    """Runs named units as Ray tasks, a bounded number at a time, and publishes each result as one file."""
+
+    def __init__(self, settings: SweepAttacksSettings) -> None:
+        total = cluster_resources()
+        gpus = total.get("GPU", 0.0)
+        on_gpu = settings.device == "cuda" or (settings.device == "auto" and gpus > 0)
+        if on_gpu and not gpus:
+            raise ResourceError("device is cuda, but the Ray cluster has no GPU")
+        self.device = "cuda" if on_gpu else "cpu"
+        self.output = settings.output
+        self.threads = max(1, int(settings.task_cpus))
+        self.cached = 0
+        self._cpus = settings.task_cpus
+        self._gpus = settings.task_gpus if on_gpu else 0.0
+        slots = gpus / settings.task_gpus if on_gpu else total.get("CPU", 1.0) / settings.task_cpus
+        # One more per slot waits, so that no slot stands idle while the driver writes.
+        self._in_flight = max(2, 2 * int(slots))
+
+    def task(self, body: Callable[..., Any]) -> Any:  # noqa: ANN401  (ray's remote functions have no type)
+        """Return a function as a Ray task with the unit's resources."""
+        return ray.remote(body).options(num_cpus=self._cpus, num_gpus=self._gpus, max_retries=MAX_RETRIES)
+
+    def run(
+        self,
+        what: str,
+        keys: Sequence[str],
+        path_of: Callable[[str], Path],
+        submit: Callable[[str], "ray.ObjectRef[Any]"],
+    ) -> None:
+        """Run every unit whose file is not there; `SweepError` after the last one if some failed."""
+        waiting = [key for key in dict.fromkeys(keys) if not path_of(key).exists()]
+        cached = len(set(keys)) - len(waiting)
+        self.cached += cached
+        if not keys:
+            return
+        logger.info("%s: %d units, %d from the cache", what, len(set(keys)), cached)
+        total = len(waiting)
+        running: dict[ray.ObjectRef[Any], str] = {}
+        failed: list[str] = []
+        started = reported = time.monotonic()
+        while waiting or running:
+            while waiting and len(running) < self._in_flight:
+                key = waiting.pop(0)
+                running[submit(key)] = key
+            (done,), _ = ray.wait(list(running), num_returns=1)
+            key = running.pop(done)
+            try:
+                atomic_write(path_of(key), ray.get(done))
+            except ray.exceptions.RayError as error:
+                failed.append(str(error).strip().splitlines()[-1])
+                logger.warning("%s: unit %s failed: %s", what, key, failed[-1])
+            if time.monotonic() - reported > PROGRESS_SECONDS:
+                reported = time.monotonic()
+                finished = total - len(waiting) - len(running)
+                left = (reported - started) / finished * (total - finished)
+                logger.info("%s: %d of %d, about %.0f min left", what, finished, total, left / 60 + 0.5)
+        if failed:
+            reasons = "; ".join(sorted(set(failed))[:SHOWN_FAILURES])
+            raise SweepError(f"{len(failed)} of {total} units of {what} failed: {reasons}")
+
+
+def _calibrate_task(
+    chunk: Chunk, entry: SweepAttack, target: SweepTarget, seed: int, device: str, threads: int
+) -> bytes:
+    torch.set_num_threads(threads)
+    assert entry.calibrate_to is not None  # chosen by the caller
+    found = calibrate_unit(chunk, entry.attack, entry.calibrate_to, target, seed=seed, device=device)
+    content = {
+        "attack": found.config.describe(),
+        "accuracy": found.accuracy,
+        "note": found.note,
+        "evaluations": [[step.epsilon, step.accuracy] for step in found.evaluations],
+    }
+    return json.dumps(content).encode()
+
+
+def _attack_task(
+    chunk: Chunk,
+    count: int,
+    entry: SweepAttack,
+    crafted_on: SweepTarget,
+    defense: Any,  # noqa: ANN401
+    seed: int,
+    device: str,
+    threads: int,
+) -> bytes:
+    torch.set_num_threads(threads)
+    table = attack_unit(chunk.head(count), entry, crafted_on, defense, seed=seed, device=device)
+    return _parquet(table)
+
+
+def _defend_task(
+    chunk: Chunk,
+    count: int,
+    attacked: str | None,
+    target: SweepTarget,
+    defense: Any,  # noqa: ANN401
+    device: str,
+    threads: int,
+) -> bytes:
+    torch.set_num_threads(threads)
+    table = None if attacked is None else pq.read_table(attacked)
+    return _parquet(defend_unit(chunk.head(count), table, target, defense, device=device))
+
+
+def _parquet(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink)
+    return sink.getvalue()

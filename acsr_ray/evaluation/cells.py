@@ -1,0 +1,290 @@
+"""What one unit of a sweep does: attack a chunk of images, or defend and classify one. Plain torch, no Ray.
+
+A unit is a pure function of its inputs, which its fingerprint names; it gives an Arrow table of one row per
+image. Attacked images are stored as 8-bit PNG, so what defences see is what a corpus would hold.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from acsr_ray.artifacts import json_digest
+from acsr_ray.attacks.adaptive import (
+    Bpda,
+    EndToEnd,
+    Eot,
+    FixedRows,
+    SelectionLogits,
+    attack_low_frequency,
+)
+from acsr_ray.attacks.calibration import Calibrated, calibrate
+from acsr_ray.attacks.rounding import round_to_pixels
+from acsr_ray.attacks.run import Attacked, run_attack
+from acsr_ray.attacks.spec import AttackConfig
+from acsr_ray.attacks.subset import Model
+from acsr_ray.clustering.gaussians import squared_mahalanobis
+from acsr_ray.clustering.selection import Selection
+from acsr_ray.corpus.images import DecodeLimits, Pixels, decode_image, encode_png, to_pixels, to_unit_range
+from acsr_ray.defenses.base import Defense
+from acsr_ray.evaluation.defenses import DefenseConfig, PurifierDefense, build_defense
+from acsr_ray.evaluation.grid import GridError, SweepAttack, SweepTarget
+from acsr_ray.evaluation.quality import perturbation_norms, psnr, ssim
+from acsr_ray.models.targets import Target, load_target
+from acsr_ray.purification.purifier import Purifier
+from acsr_ray.sparse.tikhonov import TikhonovConfig, tikhonov_split
+
+SWEEP_VERSION = 1
+"""Raised when the same unit would give other rows."""
+DEFENCE_BATCH = 50
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some images of an evaluation set: pixels (N, S, S, 3) uint8, labels (N,) int64, keys (N,) positions."""
+
+    pixels: Pixels
+    labels: NDArray[np.int64]
+    keys: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        """Return N."""
+        return len(self.labels)
+
+    def head(self, count: int) -> "Chunk":
+        """Return the first rows."""
+        return Chunk(self.pixels[:count], self.labels[:count], self.keys[:count])
+
+
+@lru_cache(maxsize=8)
+def _target(description: str, device: str) -> Target:
+    entry = SweepTarget.model_validate_json(description)
+    return load_target(entry.location, device, entry.config)
+
+
+def target_of(entry: SweepTarget, device: str) -> Target:
+    """Load a target, once per process."""
+    return _target(entry.model_dump_json(), device)
+
+
+@lru_cache(maxsize=8)
+def _defense(description: str, device: str) -> Defense:
+    return build_defense(DefenseConfig.model_validate_json(description), device)
+
+
+def defense_of(config: DefenseConfig, device: str) -> Defense:
+    """Build a defence, once per process."""
+    return _defense(config.model_dump_json(), device)
+
+
+def attack_unit(
+    chunk: Chunk,
+    entry: SweepAttack,
+    crafted_on: SweepTarget,
+    defense: DefenseConfig | None,
+    *,
+    seed: int,
+    device: str,
+) -> pa.Table:
+    """Attack one chunk.
+
+    Args:
+        chunk: clean images.
+        entry: attack and the attacker's knowledge; its budget already calibrated.
+        crafted_on: target that the gradients or queries see.
+        defense: for adaptive attacks, the defence they see too.
+        seed: of the attack's random numbers.
+        device: where to compute.
+
+    Returns:
+        Columns `key`, `image` (PNG bytes), `float_prediction` (what the attacked model says before rounding),
+        `linf`, `l2`, `relative_l2` of the rounded perturbation, `attack_seconds` per image.
+    """
+    classify = target_of(crafted_on, device).model
+    images = torch.from_numpy(to_unit_range(chunk.pixels)).to(device)
+    labels = torch.from_numpy(chunk.labels).to(device)
+    keys = torch.from_numpy(chunk.keys).to(device)
+    built = None if defense is None else defense_of(defense, device)
+    started = time.perf_counter()
+    attacked, seen = craft(entry, classify, built, images, labels, keys, seed)
+    seconds = (time.perf_counter() - started) / max(1, len(chunk))
+    with torch.no_grad():
+        floats = torch.cat([seen(part).argmax(1) for part in attacked.unrounded.split(DEFENCE_BATCH)])
+    norms = perturbation_norms(attacked.rounded.cpu(), images.cpu())
+    return pa.table(
+        {
+            "key": chunk.keys,
+            "image": [encode_png(pixels) for pixels in to_pixels(attacked.rounded.cpu().numpy())],
+            "float_prediction": floats.cpu().numpy().astype(np.int32),
+            "linf": norms.linf.numpy(),
+            "l2": norms.l2.numpy(),
+            "relative_l2": norms.relative_l2.numpy(),
+            "attack_seconds": np.full(len(chunk), seconds, np.float32),
+        }
+    )
+
+
+def craft(
+    entry: SweepAttack,
+    classify: Model,
+    defense: Defense | None,
+    images: Tensor,
+    labels: Tensor,
+    keys: Tensor,
+    seed: int,
+) -> tuple[Attacked, Model]:
+    """Run an attack with its attacker's knowledge; return it with the model that it was meant to fool.
+
+    Raises:
+        GridError: the defence does not allow this kind of attack.
+    """
+    if defense is None:
+        return run_attack(entry.attack, classify, images, labels, seed=seed, keys=keys), classify
+    pipeline = _pipeline(entry, classify, defense, seed)
+    if entry.knowledge == "selection":
+        purifier = _purifier(entry, defense)
+        scale = float(purifier.gaussians.mean.shape[1])
+        logits = SelectionLogits(lambda x: squared_distances(purifier, x), scale)
+        with torch.no_grad():
+            own = logits(images).argmax(1)
+        return run_attack(entry.attack, logits, images, own, seed=seed, keys=keys), pipeline
+    if entry.knowledge == "low_frequency":
+        # The band that the split passes on untouched.
+        attacked = attack_low_frequency(
+            entry.attack, pipeline, images, labels, low_band, seed=seed, keys=keys
+        )
+        return attacked, pipeline
+    model = pipeline
+    if entry.knowledge == "white_box_fixed":
+        model = EndToEnd(_fixed_dictionaries(_purifier(entry, defense), images), classify)
+    return run_attack(entry.attack, model, images, labels, seed=seed, keys=keys), pipeline
+
+
+def low_band(images: Tensor) -> Tensor:
+    """Return the low band of images (N, 3, H, W) by the split's default settings."""
+    return tikhonov_split(images, TikhonovConfig())[0]
+
+
+def squared_distances(purifier: Purifier, images: Tensor) -> Tensor:
+    """Return what a purifier selects by, (N, K): squared Mahalanobis distances; differentiable."""
+    squared = squared_mahalanobis(purifier.latents(images).to(torch.float64), purifier.gaussians)
+    by_likelihood = purifier.config.selection == "gaussian_loglik"
+    return squared + purifier.gaussians.log_det if by_likelihood else squared
+
+
+def _fixed_dictionaries(purifier: Purifier, images: Tensor) -> FixedRows:
+    """Return the purifier with the dictionaries that the clean images were given."""
+    with torch.no_grad():
+        selection = purifier.select(purifier.latents(images))
+
+    def rebuild(x: Tensor, index: Tensor, distance: Tensor) -> Tensor:
+        return purifier.reconstruct(x, Selection(index, distance)).images
+
+    return FixedRows(rebuild, (selection.index, selection.distance))
+
+
+def _pipeline(entry: SweepAttack, classify: Model, defense: Defense, seed: int) -> Model:
+    straight_through = entry.knowledge == "bpda" or not defense.differentiable
+    needs_gradient = entry.attack.name != "square" and entry.knowledge not in ("bpda", "selection")
+    if straight_through and needs_gradient and entry.knowledge != "low_frequency":
+        raise GridError(f"{entry.name}: {type(defense).__name__} has no gradient; use bpda or square")
+
+    def wrap(used: Defense) -> Model:
+        return Bpda(used, classify) if straight_through else EndToEnd(used, classify)
+
+    if defense.randomized and entry.eot_samples > 1:
+        return Eot(lambda draw: wrap(defense.with_seed(seed * 1_000_003 + draw)), entry.eot_samples)
+    return wrap(defense)
+
+
+def _purifier(entry: SweepAttack, defense: Defense) -> Purifier:
+    if not isinstance(defense, PurifierDefense):
+        raise GridError(f"{entry.name}: {type(defense).__name__} chooses no cluster")
+    return defense.purifier
+
+
+def defend_unit(
+    chunk: Chunk,
+    attacked: pa.Table | None,
+    target: SweepTarget,
+    defense: DefenseConfig,
+    *,
+    device: str,
+) -> pa.Table:
+    """Defend and classify one chunk.
+
+    Args:
+        chunk: clean images.
+        attacked: the chunk's adversarial images from `attack_unit`; None for the clean images.
+        target: classifier.
+        defense: defence.
+        device: where to compute.
+
+    Returns:
+        Columns `key`, `label`, `prediction`, `confidence`, `probabilities`, `psnr` and `ssim` of the defended
+        image against the clean one, `seconds` per image of defence and classifier.
+    """
+    clean = torch.from_numpy(to_unit_range(chunk.pixels))
+    images = clean if attacked is None else torch.from_numpy(to_unit_range(stored_pixels(attacked)))
+    classify = target_of(target, device).model
+    built = defense_of(defense, device)
+    probabilities, defended, seconds = [], [], 0.0
+    for part in images.to(device).split(DEFENCE_BATCH):
+        seen: list[Tensor] = []
+
+        def stored(x: Tensor, seen: list[Tensor] = seen) -> Tensor:
+            # The classifier reads what is stored, which has 8 bits.
+            seen.append(round_to_pixels(x))
+            return classify(seen[-1])
+
+        started = time.perf_counter()
+        with torch.no_grad():
+            logits = built.logits(stored, part)
+        seconds += time.perf_counter() - started
+        probabilities.append(logits.softmax(1).cpu())
+        # An ensemble shows the classifier many images, none of which is the defended one.
+        single = len(seen) == 1 and seen[0].shape == part.shape
+        defended.append((seen[0] if single else part).cpu())
+    shares = torch.cat(probabilities)
+    shown = torch.cat(defended)
+    return pa.table(
+        {
+            "key": chunk.keys,
+            "label": chunk.labels.astype(np.int32),
+            "prediction": shares.argmax(1).numpy().astype(np.int32),
+            "confidence": shares.amax(1).numpy(),
+            "probabilities": list(shares.numpy()),
+            "psnr": np.asarray(psnr(shown, clean), np.float32),
+            "ssim": np.asarray(ssim(shown, clean), np.float32),
+            "seconds": np.full(len(chunk), seconds / max(1, len(chunk)), np.float32),
+        }
+    )
+
+
+def calibrate_unit(
+    chunk: Chunk, attack: AttackConfig, ratio: float, target: SweepTarget, *, seed: int, device: str
+) -> Calibrated:
+    """Choose the budget at which the bare target keeps a share of its clean accuracy (METHOD, B0)."""
+    classify = target_of(target, device).model
+    images = torch.from_numpy(to_unit_range(chunk.pixels)).to(device)
+    labels = torch.from_numpy(chunk.labels).to(device)
+    with torch.no_grad():
+        parts = [classify(part) for part in images.split(DEFENCE_BATCH)]
+        clean = (torch.cat(parts).argmax(1) == labels).float().mean().item()
+    return calibrate(attack, classify, images, labels, ratio * clean, seed=seed)
+
+
+def stored_pixels(attacked: pa.Table) -> Pixels:
+    """Return the pixels (N, S, S, 3) uint8 of a table of `attack_unit`."""
+    return np.stack([decode_image(data, DecodeLimits()) for data in attacked["image"].to_pylist()])
+
+
+def fingerprint(parts: Sequence[object]) -> str:
+    """Return the name of a unit: a digest of everything that decides its rows."""
+    return json_digest([SWEEP_VERSION, *parts])[:20]

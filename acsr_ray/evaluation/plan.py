@@ -1,0 +1,187 @@
+"""From a grid to units of work: which chunks to attack and to defend, each with its fingerprint.
+
+A unit's fingerprint is a digest of everything that decides its rows: the chunk's pixels, the weights of the
+target, the attack with its calibrated budget, the defence with its artifact, the seed. A changed setting
+makes other units and leaves the rest in the cache.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from acsr_ray.attacks.spec import AttackConfig
+from acsr_ray.corpus.labelled import read_labelled
+from acsr_ray.evaluation.cells import Chunk, fingerprint
+from acsr_ray.evaluation.grid import CLEAN, EvaluationData, Grid, SweepAttack, SweepDefense, SweepTarget
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """A loaded split: chunks in order, the digest of each, and the class names."""
+
+    data: EvaluationData
+    split: str
+    chunks: tuple[Chunk, ...]
+    digests: tuple[str, ...]
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return sum(len(chunk) for chunk in self.chunks)
+
+    def whole(self) -> Chunk:
+        """Return all chunks as one."""
+        return Chunk(
+            np.concatenate([chunk.pixels for chunk in self.chunks]),
+            np.concatenate([chunk.labels for chunk in self.chunks]),
+            np.concatenate([chunk.keys for chunk in self.chunks]),
+        )
+
+
+@dataclass(frozen=True)
+class AttackUnit:
+    """Attack one chunk of one set; `defense` only for adaptive attacks."""
+
+    fingerprint: str
+    set_index: int
+    chunk_index: int
+    attack: SweepAttack
+    crafted_on: SweepTarget
+    defense: SweepDefense | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class DefendUnit:
+    """Defend and classify one chunk of one set: clean, or as `attacked_by` left it."""
+
+    fingerprint: str
+    set_index: int
+    chunk_index: int
+    target: SweepTarget
+    attack: SweepAttack | None
+    defense: SweepDefense
+    seed: int
+    attacked_by: str | None
+
+    @property
+    def attack_name(self) -> str:
+        """Name of the attack, or `clean`."""
+        return self.attack.name if self.attack else CLEAN
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All units of a grid."""
+
+    attacks: tuple[AttackUnit, ...]
+    defends: tuple[DefendUnit, ...]
+
+
+def load_set(data: EvaluationData, split: str, seed: int, chunk: int) -> EvaluationSet:
+    """Read a split, draw its images with the seed and cut it into chunks.
+
+    Args:
+        data: where it is.
+        split: `test` or `validation`.
+        seed: of the draw; images keep the order of the shards.
+        chunk: images per unit.
+    """
+    locations, count = (
+        (data.test, data.images) if split == "test" else (data.validation, data.validation_images)
+    )
+    images = read_labelled(locations, data.image_size)
+    chosen = np.arange(len(images))
+    if count is not None and count < len(images):
+        chosen = np.sort(np.random.default_rng(seed).choice(len(images), count, replace=False))
+    chunks = tuple(
+        Chunk(images.pixels[rows], images.labels[rows], np.arange(start, start + len(rows)))
+        for start in range(0, len(chosen), chunk)
+        for rows in (chosen[start : start + chunk],)
+    )
+    digests = tuple(_chunk_digest(part) for part in chunks)
+    return EvaluationSet(data, split, chunks, digests, images.class_names)
+
+
+def _chunk_digest(chunk: Chunk) -> str:
+    digest = hashlib.sha256(chunk.pixels.tobytes())
+    digest.update(chunk.labels.tobytes() + chunk.keys.tobytes() + str(chunk.pixels.shape).encode())
+    return digest.hexdigest()
+
+
+def plan_units(
+    grid: Grid,
+    sets: Sequence[EvaluationSet],
+    target_digests: Mapping[str, str],
+    defense_digests: Mapping[str, str],
+    budgets: Mapping[tuple[str, str, str], AttackConfig],
+) -> Plan:
+    """Return every unit of a grid.
+
+    Args:
+        grid: the sweep.
+        sets: loaded splits; validation splits get clean cells only.
+        target_digests: digest of each target, by name.
+        defense_digests: digest of each defence, by name.
+        budgets: calibrated attacks by (data, target, attack) names, where an attack is calibrated.
+    """
+    attacks: dict[str, AttackUnit] = {}
+    defends: list[DefendUnit] = []
+    for set_index, loaded in enumerate(sets):
+        targets, defenses = grid.targets_of(loaded.data.name), grid.defenses_of(loaded.data.name)
+        for chunk_index, chunk_digest in enumerate(loaded.digests):
+            for target in targets:
+                base = (chunk_digest, target_digests[target.name])
+                for defense in defenses:
+                    name = fingerprint(["clean", *base, defense_digests[defense.name]])
+                    defends.append(
+                        DefendUnit(name, set_index, chunk_index, target, None, defense, grid.seeds[0], None)
+                    )
+                if loaded.split != "test":
+                    continue
+                for attack in grid.attacks:
+                    first_key = int(loaded.chunks[chunk_index].keys[0])
+                    if attack.images is not None and first_key >= attack.images:
+                        continue
+                    calibrated = budgets.get((loaded.data.name, target.name, attack.name), attack.attack)
+                    used = attack.model_copy(update={"attack": calibrated})
+                    source = _named(grid.targets, attack.source) if attack.source else target
+                    for seed in grid.seeds:
+                        for defense in defenses:
+                            if attack.defenses is not None and defense.name not in attack.defenses:
+                                continue
+                            seen = defense if attack.adaptive else None
+                            key = fingerprint(
+                                [
+                                    "attack",
+                                    chunk_digest,
+                                    target_digests[source.name],
+                                    used.attack.describe(),
+                                    used.knowledge if attack.adaptive else "bare",
+                                    used.eot_samples if attack.adaptive else 1,
+                                    used.images,
+                                    defense_digests[seen.name] if seen else None,
+                                    seed,
+                                ]
+                            )
+                            attacks.setdefault(
+                                key, AttackUnit(key, set_index, chunk_index, used, source, seen, seed)
+                            )
+                            name = fingerprint(["defend", key, *base, defense_digests[defense.name]])
+                            defends.append(
+                                DefendUnit(name, set_index, chunk_index, target, used, defense, seed, key)
+                            )
+    return Plan(tuple(attacks.values()), tuple(defends))
+
+
+def unit_chunk(sets: Sequence[EvaluationSet], unit: AttackUnit | DefendUnit) -> Chunk:
+    """Return the images of a unit; an attack on the first images only cuts the last chunk."""
+    chunk = sets[unit.set_index].chunks[unit.chunk_index]
+    limit = unit.attack.images if unit.attack else None
+    return chunk if limit is None else chunk.head(max(0, limit - int(chunk.keys[0])))
+
+
+def _named(targets: Sequence[SweepTarget], name: str) -> SweepTarget:
+    return next(target for target in targets if target.name == name)
