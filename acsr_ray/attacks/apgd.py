@@ -81,7 +81,8 @@ def checkpoints(steps: int) -> tuple[int, ...]:
     shares = [0.0, 0.22]
     while shares[-1] < 1:
         shares.append(shares[-1] + max(shares[-1] - shares[-2] - 0.03, 0.06))
-    return tuple(sorted({math.ceil(share * steps) for share in shares[1:] if share <= 1}))
+    # Rounded first: 0.57 as a sum of floats is a little more than 57 %.
+    return tuple(sorted({math.ceil(round(share * steps, 6)) for share in shares[1:] if share <= 1}))
 
 
 def dlr(logits: Tensor, labels: Tensor) -> Tensor:

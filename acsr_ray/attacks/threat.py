@@ -94,7 +94,8 @@ class ThreatModel:
         """Go along a direction until the distance after clipping to [0, 1] is the radius.
 
         Clipping shortens an l2 step, so the step is lengthened by bisection until the norm is met. Where
-        every moving pixel saturates first, the image is as far as it gets.
+        every moving pixel saturates first, the image is as far as it gets. In linf every pixel goes the
+        whole radius, along the direction's sign.
 
         Args:
             direction: (N, C, H, W), of any length.
@@ -102,7 +103,7 @@ class ThreatModel:
         """
         radius = self.radius(images)
         if self.norm == "linf":
-            return (images + radius * direction / self.length(direction).clamp(min=FLOOR)).clamp(0, 1)
+            return (images + radius * direction.sign()).clamp(0, 1)
         step = direction / norms(direction)
         low = torch.zeros_like(radius)
         # At 1 / (smallest moving entry) every moving pixel has reached a bound.

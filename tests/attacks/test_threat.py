@@ -5,9 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from acsr_ray.attacks.draws import Draws
 from acsr_ray.attacks.threat import ThreatModel
 
-NORMS = st.sampled_from(["linf", "l2"])
+NAMES = ["linf", "l2", "relative_l2"]
+NORMS = st.sampled_from(NAMES)
 EPSILONS = st.floats(0, 3)
 SEEDS = st.integers(0, 10_000)
 
@@ -21,6 +23,11 @@ def _distances(norm, delta):
     return torch.linalg.vector_norm(delta.double().flatten(1), ord=order, dim=1)
 
 
+def _radii(norm, epsilon, images):
+    lengths = images.double().flatten(1).norm(dim=1)
+    return epsilon * lengths if norm == "relative_l2" else torch.full_like(lengths, epsilon)
+
+
 def _outside(seed, images):
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed + 1))
     return images + noise * torch.tensor([0.01, 0.3, 3.0, 100.0]).view(-1, 1, 1, 1)
@@ -31,7 +38,7 @@ def _outside(seed, images):
 def test_projection_is_inside_the_ball_and_the_unit_range(norm, epsilon, seed):
     images = _images(seed)
     projected = ThreatModel(norm, epsilon).project(_outside(seed, images), images)
-    assert (_distances(norm, projected - images) <= epsilon + 1e-6).all()
+    assert (_distances(norm, projected - images) <= _radii(norm, epsilon, images) * (1 + 1e-5) + 1e-6).all()
     assert projected.min() >= 0
     assert projected.max() <= 1
 
@@ -49,7 +56,8 @@ def test_projection_is_idempotent(norm, epsilon, seed):
 def test_points_inside_stay(norm, epsilon, seed):
     images = 0.25 + 0.5 * _images(seed)
     step = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
-    step = step / _distances(norm, step).view(-1, 1, 1, 1).float() * min(0.9 * epsilon, 0.2)
+    length = (0.9 * _radii(norm, epsilon, images)).clamp(max=0.2)
+    step = step * (length / _distances(norm, step)).view(-1, 1, 1, 1).float()
     inside = (images + step).clamp(0, 1)
     projected = ThreatModel(norm, epsilon).project(inside, images)
     torch.testing.assert_close(projected, inside, rtol=0, atol=1e-6)
@@ -62,6 +70,8 @@ def test_epsilon_zero_is_the_identity(norm, seed):
     assert torch.equal(threat.project(_outside(seed, images), images), images)
     generator = torch.Generator().manual_seed(seed)
     assert torch.equal(threat.random_start(images, generator), images)
+    assert torch.equal(threat.drawn_start(images, Draws(seed, torch.arange(4))), images)
+    assert torch.equal(threat.reach(_outside(seed, images) - images, images), images)
 
 
 @settings(deadline=None, max_examples=25)
@@ -71,11 +81,19 @@ def test_random_start_is_inside_and_reproducible(norm, epsilon, seed):
     first, again, other = (
         threat.random_start(images, torch.Generator().manual_seed(s)) for s in (seed, seed, seed + 1)
     )
-    assert (_distances(norm, first - images) <= epsilon + 1e-6).all()
+    limit = _radii(norm, epsilon, images) * (1 + 1e-5) + 1e-6
+    assert (_distances(norm, first - images) <= limit).all()
     assert first.min() >= 0
     assert first.max() <= 1
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+    drawn = threat.drawn_start(images, Draws(seed, torch.arange(4)))
+    assert (_distances(norm, drawn - images) <= limit).all()
+    assert drawn.min() >= 0
+    assert drawn.max() <= 1
+    # An image starts alike in any company.
+    alone = threat.drawn_start(images[2:3], Draws(seed, torch.tensor([2])))
+    torch.testing.assert_close(alone[0], drawn[2], rtol=0, atol=1e-6)
 
 
 @settings(deadline=None, max_examples=25)
@@ -105,7 +123,52 @@ def test_linf_projection_clamps_each_pixel():
     assert torch.equal(got, outside.clamp(0.5 - 0.2, 0.5 + 0.2))
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@settings(deadline=None, max_examples=25)
+@given(norm=NORMS, epsilon=st.floats(0.005, 0.3), seed=SEEDS, sign=st.booleans())
+def test_reach_meets_the_norm_after_clipping(norm, epsilon, seed, sign):
+    images = _images(seed)
+    # Pixels at both bounds: a plain step would be shortened by clipping.
+    images[:, :, 0], images[:, :, 1] = 0.0, 1.0
+    threat, direction = ThreatModel(norm, epsilon), _outside(seed, images) - images
+    reached = threat.reach(direction.sign() if sign else direction, images)
+    distances, radii = _distances(norm, reached - images), _radii(norm, epsilon, images)
+    torch.testing.assert_close(distances, radii, rtol=1e-4, atol=1e-6)
+    assert reached.min() >= 0
+    assert reached.max() <= 1
+    assert ((reached - images) * direction >= 0).all()
+
+
+@pytest.mark.parametrize("norm", ["l2", "relative_l2"])
+def test_reach_goes_as_far_as_it_can_where_every_pixel_saturates(norm):
+    images = torch.full((1, 3, 5, 4), 0.9)
+    up = torch.zeros(1, 3, 5, 4)
+    up[0, 0, 0, :2] = torch.tensor([1.0, 0.01])
+    reached = ThreatModel(norm, 1.0).reach(up, images)
+    expected = images.clone()
+    expected[0, 0, 0, :2] = 1.0
+    torch.testing.assert_close(reached, expected, rtol=0, atol=1e-5)
+
+
+@settings(deadline=None, max_examples=25)
+@given(epsilon=st.floats(0.001, 1), seed=SEEDS)
+def test_relative_l2_is_l2_with_the_radius_of_each_image(epsilon, seed):
+    images = _images(seed) * torch.tensor([0.1, 0.4, 0.7, 1.0]).view(-1, 1, 1, 1)
+    outside = _outside(seed, images)
+    together = ThreatModel("relative_l2", epsilon).project(outside, images)
+    for n in range(len(images)):
+        radius = epsilon * images[n].norm().item()
+        alone = ThreatModel("l2", radius).project(outside[n : n + 1], images[n : n + 1])
+        torch.testing.assert_close(together[n], alone[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["l2", "relative_l2"])
+def test_sign_direction_has_unit_length_and_equal_entries(norm):
+    gradient = torch.randn(4, 3, 5, 4, generator=torch.Generator().manual_seed(0))
+    direction = ThreatModel(norm, 1.0).direction(gradient, sign=True)
+    torch.testing.assert_close(direction, gradient.sign() / 60**0.5)
+
+
+@pytest.mark.parametrize("norm", NAMES)
 def test_zero_gradient_has_no_direction(norm):
     zero = torch.zeros(2, 3, 4, 4)
     assert torch.equal(ThreatModel(norm, 0.1).direction(zero), zero)
