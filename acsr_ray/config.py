@@ -23,10 +23,10 @@ JOBS = (
     "learn_semantics",
     "train_robust",
     "build_bundle",
-    "purify_corpus",
     "train_target",
     "train_defense",
     "sweep_attacks",
+    "purify_corpus",
 )
 """Names of the jobs, which are the sections a settings file may have, in the order they run."""
 
@@ -46,6 +46,10 @@ class JobSettings(Settings):
 
 class AcsrError(Exception):
     """Base of the errors a user can act on: jobs print their message alone and exit 2."""
+
+
+class MissingExtraError(AcsrError, RuntimeError):
+    """An optional dependency is not installed; the message says how to get it."""
 
 
 class ConfigError(AcsrError, ValueError):

@@ -22,13 +22,9 @@ from torch import Tensor, nn
 
 from acsr_ray.attacks.spec import TORCHATTACKS, AttackConfig
 from acsr_ray.attacks.subset import Model
-from acsr_ray.config import AcsrError, ConfigError, did_you_mean
+from acsr_ray.config import ConfigError, MissingExtraError, did_you_mean
 
 NORM_NAMES = {"linf": "Linf", "l2": "L2"}
-
-
-class MissingExtraError(AcsrError, RuntimeError):
-    """An optional dependency is not installed; the message says how to get it."""
 
 
 def load_torchattacks() -> ModuleType:

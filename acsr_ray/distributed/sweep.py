@@ -36,6 +36,7 @@ from acsr_ray.evaluation.cells import (
     target_of,
 )
 from acsr_ray.evaluation.defenses import defense_digest
+from acsr_ray.evaluation.extras import load_extra
 from acsr_ray.evaluation.grid import Grid, SweepAttack, SweepTarget, read_grid
 from acsr_ray.evaluation.layouts import write_results
 from acsr_ray.evaluation.plan import EvaluationSet, Plan, load_set, plan_units, unit_chunk
@@ -47,6 +48,7 @@ logger = logging.getLogger(__name__)
 PROGRESS_SECONDS = 10.0
 MAX_RETRIES = 3
 SHOWN_FAILURES = 3
+REPORT_LIBRARIES = ("skimage.metrics", "matplotlib.figure")
 
 Unit = TypeVar("Unit")
 
@@ -94,6 +96,9 @@ def sweep_attacks(settings: SweepAttacksSettings) -> dict[str, Any]:
         GridError: the grid cannot be run.
         SweepError: some units failed.
     """
+    # Needed at the end of every unit and of the sweep; hours may lie between.
+    for module in REPORT_LIBRARIES:
+        load_extra(module)
     grid = _grid_of(settings)
     started = time.perf_counter()
     with ray_session(settings.ray):

@@ -3,7 +3,7 @@
 import importlib
 from types import ModuleType
 
-from acsr_ray.attacks.torchattacks_adapter import MissingExtraError
+from acsr_ray.config import MissingExtraError
 
 
 def load_extra(module: str) -> ModuleType:

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from acsr_ray.attacks.torchattacks_adapter import MissingExtraError
+from acsr_ray.config import MissingExtraError
 from acsr_ray.evaluation.extras import load_extra
 
 

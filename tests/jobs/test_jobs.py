@@ -103,6 +103,8 @@ def test_the_console_script_runs_jobs(name, monkeypatch, capsys):
 
 # job -> (options whose inputs are missing, what the message must say)
 MISSING = {
+    "train_target": (["--train", "/nowhere"], "/nowhere does not exist"),
+    "sweep_attacks": (["--grid", "/nowhere.yaml"], "/nowhere.yaml is not readable YAML"),
     "train_defense": (["--kind", "magnet", "--train", "/nowhere"], "/nowhere does not exist"),
     "prepare_corpus": (["--dataset", "cifar10", "--source", "/nowhere"], "source /nowhere does not exist"),
     "train_baseline": (["--train", "/nowhere/a.parquet"], "/nowhere/a.parquet does not exist"),
