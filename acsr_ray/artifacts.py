@@ -99,7 +99,8 @@ def artifact_kind(directory: Path) -> str | None:
         manifest = json.loads((directory / MANIFEST).read_bytes())
     except (ValueError, OSError):
         return None
-    return manifest.get("kind") if isinstance(manifest, dict) else None
+    kind = manifest.get("kind") if isinstance(manifest, dict) else None
+    return kind if isinstance(kind, str) else None
 
 
 def load_artifact(directory: Path, kind: str) -> dict[str, Any]:

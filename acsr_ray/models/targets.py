@@ -8,9 +8,9 @@ in front of it, so every target takes images (N, 3, H, W) in [0, 1] and gives lo
 import hashlib
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -45,8 +45,17 @@ NETWORKS: Mapping[str, Callable[[int, float, int], nn.Module]] = {
     "resnet50": ResNet50,
     "googlenet": GoogLeNet,
 }
+MINIMUM_SIDE: Mapping[str, int] = {"alexnet": 4, "vgg16": 32}
+"""Side in pixels behind the first convolution below which nothing is left to pool."""
 CLASS_LAYER = "fc."
 """The layer that depends on the number of classes; it is called so in every network of ours."""
+DEFAULT_MEAN = (0.5, 0.5, 0.5)
+DEFAULT_STD = (0.25, 0.25, 0.25)
+
+Channels = tuple[float, float, float]
+PositiveChannels = tuple[
+    Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]
+]
 
 
 class TargetError(AcsrError, ValueError):
@@ -61,14 +70,14 @@ class TargetConfig(Described):
     num_classes: int = Field(10, ge=2)
     """J."""
     width: float = Field(1.0, gt=0)
-    """Factor on every channel count (not for wrn, whose name holds it)."""
+    """Factor on every channel count; not for `wrn`, whose name holds it, nor for `small_cnn`."""
     image_size: int = Field(32, ge=8)
-    """Side in pixels of the square images it was trained on."""
+    """Side in pixels of the square images it was trained on; `small_cnn` takes 32 only."""
     stem_stride: int = Field(1, ge=1)
     """Stride of the first convolution; 2 quarters the cost for images of 64 pixels and more."""
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    """Per channel, subtracted from images in [0, 1]."""
-    std: tuple[float, float, float] = (0.25, 0.25, 0.25)
+    mean: Channels = DEFAULT_MEAN
+    """Per channel, subtracted from images in [0, 1]; `wrn` and `small_cnn` bring their own."""
+    std: PositiveChannels = DEFAULT_STD
     """Per channel, divides."""
 
 
@@ -92,7 +101,10 @@ class Normalized(nn.Module):
 
 @dataclass(frozen=True)
 class Target:
-    """A classifier in evaluation mode; `digest` names its weights, `num_classes` is None if unknown."""
+    """A classifier in evaluation mode, images (N, 3, H, W) in [0, 1] to logits (N, J).
+
+    `digest` names what it computes; `class_names` is () and `image_size` None where the source says nothing.
+    """
 
     model: nn.Module
     class_names: tuple[str, ...]
@@ -104,24 +116,39 @@ def build_target(config: TargetConfig) -> nn.Module:
     """Return an untrained network that takes images in [0, 1].
 
     Raises:
-        TargetError: unknown architecture, or an image too small for it.
+        TargetError: unknown architecture, an image of a size it cannot take, or an option it does not have.
     """
     name = config.architecture
-    if name.startswith("wrn-"):
-        # It brings its own normalisation, the same for every model of the pipeline.
-        try:
-            return build_wide_resnet(name, config.num_classes)
-        except ValueError as error:
-            raise TargetError(str(error)) from error
-    if name == "small_cnn":
-        return SmallCnn(config.num_classes)
+    if name == "small_cnn" or name.startswith("wrn-"):
+        return _build_plain(config)
     if name not in NETWORKS:
         known = [*NETWORKS, "small_cnn", "wrn-16-2"]
         raise TargetError(f"unknown architecture {name!r}{did_you_mean(name, known)}")
-    if config.image_size < 32 * config.stem_stride and name == "vgg16":
-        raise TargetError(f"vgg16 needs images of at least {32 * config.stem_stride} pixels a side")
+    least = MINIMUM_SIDE.get(name, 1)
+    if -(-config.image_size // config.stem_stride) < least:
+        side = (least - 1) * config.stem_stride + 1
+        raise TargetError(
+            f"{name} with stem_stride {config.stem_stride} needs images of at least {side} pixels a side, "
+            f"got {config.image_size}"
+        )
     network = NETWORKS[name](config.num_classes, config.width, config.stem_stride)
     return Normalized(network, config.mean, config.std)
+
+
+def _build_plain(config: TargetConfig) -> nn.Module:
+    # Both bring their own normalisation, so an option that would be ignored is refused.
+    standard = {"width": 1.0, "stem_stride": 1, "mean": DEFAULT_MEAN, "std": DEFAULT_STD}
+    for option, value in standard.items():
+        if getattr(config, option) != value:
+            raise TargetError(f"{config.architecture} has no option {option}")
+    if config.architecture == "small_cnn":
+        if config.image_size != 32:
+            raise TargetError(f"small_cnn takes images of 32 pixels a side, got {config.image_size}")
+        return SmallCnn(config.num_classes)
+    try:
+        return build_wide_resnet(config.architecture, config.num_classes)
+    except ValueError as error:
+        raise TargetError(str(error)) from error
 
 
 def save_target(
@@ -143,23 +170,23 @@ def load_target(location: str, device: str = "cpu", config: TargetConfig | None 
 
     Args:
         location: an artifact of `train_target`, `train_baseline` or `train_robust`; a factory of no
-            arguments that returns a module taking images in [0, 1]; a `.pt` or `.ts` TorchScript file; or a
-            `.safetensors` file.
+            arguments, in an importable module, that returns a `torch.nn.Module` taking images in [0, 1]; a
+            `.pt`, `.ts` or `.torchscript` file; or a `.safetensors` file.
         device: where to put it.
         config: architecture of a safetensors file, and normalisation of both kinds of file. A TorchScript
             model without a config is taken to hold its own normalisation.
 
     Raises:
         TargetError: nothing loadable there.
-        ArtifactError: an artifact whose bytes changed.
+        ArtifactError: an artifact of another kind or whose bytes changed, or weights that do not fit.
     """
     path = Path(location)
     if path.is_dir():
         target = _from_artifact(path)
-    elif path.suffix == ".safetensors":
-        target = _from_safetensors(path, config)
-    elif path.suffix in (".pt", ".ts", ".torchscript"):
-        target = _from_torchscript(path, config)
+    elif path.suffix in FILE_LOADERS:
+        if not path.is_file():
+            raise TargetError(f"no target {location!r}: the file does not exist")
+        target = FILE_LOADERS[path.suffix](path, config)
     elif ":" in location:
         target = _from_factory(location)
     else:
@@ -167,8 +194,10 @@ def load_target(location: str, device: str = "cpu", config: TargetConfig | None 
             f"no target {location!r}: neither a directory of train_target, nor package.module:factory, nor a "
             ".pt (TorchScript) or .safetensors file"
         )
-    model = target.model.requires_grad_(False).eval().to(device)
-    return Target(model, target.class_names, target.digest, target.image_size)
+    # Not Module.requires_grad_, which TorchScript modules lack.
+    for parameter in target.model.parameters():
+        parameter.requires_grad_(False)
+    return replace(target, model=target.model.eval().to(device))
 
 
 def initialize_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
@@ -233,21 +262,42 @@ def _from_torchscript(path: Path, config: TargetConfig | None) -> Target:
     try:
         script = torch.jit.load(str(path), map_location="cpu")
     except (RuntimeError, ValueError, OSError) as error:
-        raise TargetError(f"{path} is not a readable TorchScript file: {error}") from error
+        raise TargetError(
+            f"{path} is not a readable TorchScript file (a state dict belongs in .safetensors): {error}"
+        ) from error
     model = script if config is None else Normalized(script, config.mean, config.std)
     return Target(model, (), file_digest(path), config.image_size if config else None)
+
+
+FILE_LOADERS: Mapping[str, Callable[[Path, TargetConfig | None], Target]] = {
+    ".safetensors": _from_safetensors,
+    ".pt": _from_torchscript,
+    ".ts": _from_torchscript,
+    ".torchscript": _from_torchscript,
+}
 
 
 def _from_factory(location: str) -> Target:
     module_name, _, function = location.partition(":")
     try:
         factory = getattr(importlib.import_module(module_name), function)
-    except (ImportError, AttributeError) as error:
+    # ValueError and TypeError: an empty or a relative module name.
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise TargetError(f"cannot import target {location!r}: {error}") from error
+    if not callable(factory):
+        raise TargetError(f"{location} is a {type(factory).__name__}, not a function that makes a target")
     model = factory()
     if not isinstance(model, nn.Module):
         raise TargetError(f"{location} returned {type(model).__name__}, not a torch.nn.Module")
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    return Target(model, (), digest.hexdigest(), None)
+    return Target(model, (), _module_digest(location, model), None)
+
+
+def _module_digest(location: str, model: nn.Module) -> str:
+    """Return a digest of a factory's name and of every parameter and buffer, also those not saved."""
+    digest = hashlib.sha256(location.encode())
+    for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()]):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        # As bytes, because NumPy has no bfloat16.
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -33,5 +33,5 @@ class Vgg16(nn.Module):
         self.fc = nn.Linear(channels, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits (N, J) of normalised images (N, 3, H, W), H and W at least 32 * stem_stride."""
+        """Return logits (N, J) of normalised images (N, 3, H, W), H and W above 31 * stem_stride."""
         return self.fc(self.features(images).mean((2, 3)))
