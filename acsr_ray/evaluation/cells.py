@@ -7,7 +7,7 @@ image. Attacked images are stored as 8-bit PNG, so what defences see is what a c
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import pyarrow as pa
@@ -148,9 +148,9 @@ def craft(
         return run_attack(entry.attack, classify, images, labels, seed=seed, keys=keys), classify
     pipeline = _pipeline(entry, classify, defense, seed)
     if entry.knowledge == "selection":
-        purifier = _purifier(entry, defense)
+        purifier = _chooser(entry, defense).purifier
         scale = float(purifier.gaussians.mean.shape[1])
-        logits = SelectionLogits(lambda x: squared_distances(purifier, x), scale)
+        logits = SelectionLogits(lambda x: selection_distances(purifier, x), scale)
         with torch.no_grad():
             own = logits(images).argmax(1)
         return run_attack(entry.attack, logits, images, own, seed=seed, keys=keys), pipeline
@@ -162,7 +162,7 @@ def craft(
         return attacked, pipeline
     model = pipeline
     if entry.knowledge == "white_box_fixed":
-        model = EndToEnd(_fixed_dictionaries(_purifier(entry, defense), images), classify)
+        model = EndToEnd(_fixed_dictionaries(_chooser(entry, defense), images), classify)
     return run_attack(entry.attack, model, images, labels, seed=seed, keys=keys), pipeline
 
 
@@ -171,20 +171,26 @@ def low_band(images: Tensor) -> Tensor:
     return tikhonov_split(images, TikhonovConfig())[0]
 
 
-def squared_distances(purifier: Purifier, images: Tensor) -> Tensor:
-    """Return what a purifier selects by, (N, K): squared Mahalanobis distances; differentiable."""
-    squared = squared_mahalanobis(purifier.latents(images).to(torch.float64), purifier.gaussians)
-    by_likelihood = purifier.config.selection == "gaussian_loglik"
-    return squared + purifier.gaussians.log_det if by_likelihood else squared
+def selection_distances(purifier: Purifier, images: Tensor) -> Tensor:
+    """Return distances (N, K) whose smallest is the purifier's choice; differentiable.
+
+    Mahalanobis distances; under `gaussian_loglik` the root of the squared ones plus log det S, which is
+    raised by a constant so that it cannot be negative.
+    """
+    gaussians = purifier.gaussians
+    squared = squared_mahalanobis(purifier.latents(images).to(torch.float64), gaussians)
+    if purifier.config.selection == "gaussian_loglik":
+        squared = squared + gaussians.log_det - gaussians.log_det.min()
+    return squared.sqrt()
 
 
-def _fixed_dictionaries(purifier: Purifier, images: Tensor) -> FixedRows:
-    """Return the purifier with the dictionaries that the clean images were given."""
+def _fixed_dictionaries(defense: PurifierDefense, images: Tensor) -> FixedRows:
+    """Return the defence with the dictionaries that it gives the clean images."""
     with torch.no_grad():
-        selection = purifier.select(purifier.latents(images))
+        selection = defense.choose(images)
 
     def rebuild(x: Tensor, index: Tensor, distance: Tensor) -> Tensor:
-        return purifier.reconstruct(x, Selection(index, distance)).images
+        return defense.purifier.reconstruct(x, Selection(index, distance)).images
 
     return FixedRows(rebuild, (selection.index, selection.distance))
 
@@ -196,17 +202,18 @@ def _pipeline(entry: SweepAttack, classify: Model, defense: Defense, seed: int) 
         raise GridError(f"{entry.name}: {type(defense).__name__} has no gradient; use bpda or square")
 
     def wrap(used: Defense) -> Model:
-        return Bpda(used, classify) if straight_through else EndToEnd(used, classify)
+        # `logits`, because an ensemble is more than the one image that it returns.
+        return Bpda(used, classify) if straight_through else partial(used.logits, classify)
 
     if defense.randomized and entry.eot_samples > 1:
         return Eot(lambda draw: wrap(defense.with_seed(seed * 1_000_003 + draw)), entry.eot_samples)
     return wrap(defense)
 
 
-def _purifier(entry: SweepAttack, defense: Defense) -> Purifier:
+def _chooser(entry: SweepAttack, defense: Defense) -> PurifierDefense:
     if not isinstance(defense, PurifierDefense):
         raise GridError(f"{entry.name}: {type(defense).__name__} chooses no cluster")
-    return defense.purifier
+    return defense
 
 
 def defend_unit(

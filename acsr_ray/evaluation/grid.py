@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from acsr_ray.attacks.spec import AttackConfig
+from acsr_ray.attacks.spec import RANDOM, AttackConfig
 from acsr_ray.config import AcsrError, Described, did_you_mean
 from acsr_ray.evaluation.defenses import DefenseConfig
 from acsr_ray.models.targets import TargetConfig
@@ -88,6 +88,12 @@ class SweepAttack(Described):
         """Whether the attack depends on the defence."""
         return self.knowledge not in ("gray_box", "transfer")
 
+    @property
+    def random(self) -> bool:
+        """Whether another seed can give another result."""
+        drawn = self.attack.name in RANDOM or self.attack.is_torchattacks
+        return drawn or (self.adaptive and self.eot_samples > 1)
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if (self.knowledge == "transfer") != (self.source is not None):
@@ -132,7 +138,7 @@ class Grid(Described):
     """Attacks; clean images are always measured."""
     defenses: tuple[SweepDefense, ...] = Field(min_length=1)
     """Defences; one of them should be `none`."""
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = Field((0,), min_length=1)
     """Repetitions of attacks that draw random numbers; the first also draws the images."""
     chunk: int = Field(100, ge=1)
     """Images per unit of work."""
@@ -161,6 +167,7 @@ class Grid(Described):
                 raise ValueError(f"names must differ: {', '.join(sorted(twice))}")
         if any(attack.name == CLEAN for attack in self.attacks):
             raise ValueError(f"an attack may not be called {CLEAN!r}")
+        self._check_served()
         known = [target.name for target in self.targets]
         defended = [defense.name for defense in self.defenses]
         for attack in self.attacks:
@@ -172,7 +179,25 @@ class Grid(Described):
         needs = self.choose or any(attack.calibrate_to is not None for attack in self.attacks)
         if needs and not all(data.validation for data in self.data):
             raise ValueError("calibration and choice of strengths need validation shards for every data set")
+        groups = [defense.group for defense in self.defenses]
+        if self.reference is not None and self.reference not in groups:
+            raise ValueError(f"unknown reference {self.reference!r}{did_you_mean(self.reference, groups)}")
+        if self.layout == "ranks" and groups.count("rank") < 2:
+            raise ValueError("the layout ranks needs two defences or more of the family 'rank'")
         return self
+
+    def _check_served(self) -> None:
+        """Raise `ValueError` when a name of a data set is unknown, or a data set would have no cell."""
+        known = [data.name for data in self.data]
+        restricted = [(entry.name, entry.data) for entry in self.targets]
+        restricted += [(entry.name, entry.data) for entry in self.defenses]
+        for owner, names in restricted:
+            for name in names or ():
+                if name not in known:
+                    raise ValueError(f"{owner}: unknown data {name!r}{did_you_mean(name, known)}")
+        for name in known:
+            if not self.targets_of(name) or not self.defenses_of(name):
+                raise ValueError(f"no target or no defence serves data {name!r}")
 
 
 def read_grid(path: Path) -> Grid:

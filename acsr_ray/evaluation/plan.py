@@ -142,13 +142,13 @@ def plan_units(
                 if loaded.split != "test":
                     continue
                 for attack in grid.attacks:
-                    first_key = int(loaded.chunks[chunk_index].keys[0])
-                    if attack.images is not None and first_key >= attack.images:
+                    count = _limited(attack, loaded.chunks[chunk_index])
+                    if count == 0:
                         continue
                     calibrated = budgets.get((loaded.data.name, target.name, attack.name), attack.attack)
                     used = attack.model_copy(update={"attack": calibrated})
                     source = _named(grid.targets, attack.source) if attack.source else target
-                    for seed in grid.seeds:
+                    for seed in grid.seeds if used.random else grid.seeds[:1]:
                         for defense in defenses:
                             if attack.defenses is not None and defense.name not in attack.defenses:
                                 continue
@@ -161,7 +161,7 @@ def plan_units(
                                     used.attack.describe(),
                                     used.knowledge if attack.adaptive else "bare",
                                     used.eot_samples if attack.adaptive else 1,
-                                    used.images,
+                                    count,
                                     defense_digests[seen.name] if seen else None,
                                     seed,
                                 ]
@@ -179,8 +179,14 @@ def plan_units(
 def unit_chunk(sets: Sequence[EvaluationSet], unit: AttackUnit | DefendUnit) -> Chunk:
     """Return the images of a unit; an attack on the first images only cuts the last chunk."""
     chunk = sets[unit.set_index].chunks[unit.chunk_index]
-    limit = unit.attack.images if unit.attack else None
-    return chunk if limit is None else chunk.head(max(0, limit - int(chunk.keys[0])))
+    count = _limited(unit.attack, chunk) if unit.attack else None
+    return chunk if count is None else chunk.head(count)
+
+
+def _limited(attack: SweepAttack, chunk: Chunk) -> int | None:
+    """Return how many of a chunk's images an attack takes; None for all, whatever its limit."""
+    left = len(chunk) if attack.images is None else attack.images - int(chunk.keys[0])
+    return None if left >= len(chunk) else max(0, left)
 
 
 def _named(targets: Sequence[SweepTarget], name: str) -> SweepTarget:
