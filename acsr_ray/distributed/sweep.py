@@ -1,9 +1,9 @@
 """Attack-evaluation sweeps on Ray: calibrate, attack, defend; every unit a task with a fingerprint.
 
 ```
-OUT/calibrations/<fingerprint>.json       budget of one (data, target, attack)
-OUT/adversarial/<fingerprint>.parquet     one attacked chunk; every defence reads the same one
-OUT/outcomes/<fingerprint>.parquet        one chunk, defended and classified
+CACHE/calibrations/<fingerprint>.json     budget of one (data, target, attack)
+CACHE/adversarial/<fingerprint>.parquet   one attacked chunk; every defence reads the same one
+CACHE/outcomes/<fingerprint>.parquet      one chunk, defended and classified
 OUT/results.parquet, tables/, figures/, report.html, grid.json
 ```
 Files are published atomically, so a killed sweep goes on where it stopped, and equals an uninterrupted one.
@@ -78,7 +78,9 @@ class SweepAttacksSettings(JobSettings):
     images: int | None = Field(None, ge=1)
     """Test images per data set, in place of the preset's or grid's number."""
     output: Path
-    """Folder of cached units and results."""
+    """Folder of results, and of units where there is no `cache`."""
+    cache: Path | None = None
+    """Folder of units (calibrations, attacked images, outcomes), to share them between sweeps."""
     device: Device = "auto"
     """Where units compute; auto takes the cluster's GPUs if there are any."""
     task_gpus: float = Field(0.25, gt=0, le=1)
@@ -116,9 +118,9 @@ def sweep_attacks(settings: SweepAttacksSettings) -> dict[str, Any]:
         )
         _run_plan(runner, plan, sets)
     write_json(settings.output / "grid.json", grid.describe())
-    results = collect(plan, sets, settings.output)
+    results = collect(plan, sets, runner.cache)
     pq.write_table(results.table, settings.output / "results.parquet")
-    written = write_results(grid, sets, results, settings.output)
+    written = write_results(grid, sets, results, runner.cache, settings.output)
     return {
         "units": len(plan.attacks) + len(plan.defends),
         "from the cache": runner.cached,
@@ -181,7 +183,7 @@ def _calibrate(
             chunks[id(loaded)], attack, target, grid.seeds[0], runner.device, runner.threads
         )
 
-    paths = {key: runner.output / "calibrations" / f"{key}.json" for key in wanted}
+    paths = {key: runner.cache / "calibrations" / f"{key}.json" for key in wanted}
     runner.run("calibrations", list(wanted), paths.__getitem__, submit)
     found = {}
     for key, (loaded, target, attack) in wanted.items():
@@ -204,7 +206,7 @@ def _run_plan(runner: "_Runner", plan: Plan, sets: Sequence[EvaluationSet]) -> N
     chunks = [[ray.put(chunk) for chunk in loaded.chunks] for loaded in sets]
     attacks = {unit.fingerprint: unit for unit in plan.attacks}
     defends = {unit.fingerprint: unit for unit in plan.defends}
-    adversarial, outcomes = runner.output / "adversarial", runner.output / "outcomes"
+    adversarial, outcomes = runner.cache / "adversarial", runner.cache / "outcomes"
 
     def submit_attack(key: str) -> "ray.ObjectRef[Any]":
         unit = attacks[key]
@@ -253,7 +255,7 @@ class _Runner:
         if on_gpu and not gpus:
             raise ResourceError("device is cuda, but the Ray cluster has no GPU")
         self.device = "cuda" if on_gpu else "cpu"
-        self.output = settings.output
+        self.cache = settings.cache or settings.output
         self.threads = max(1, int(settings.task_cpus))
         self.cached = 0
         self._cpus = settings.task_cpus

@@ -87,6 +87,7 @@ def write_results(grid: Grid, sets: Sequence[EvaluationSet], results: Results, o
         grid: the sweep.
         sets: its loaded splits, for the pictures.
         results: its outcomes.
+        cache: folder with `adversarial/`, for the pictures.
         output: folder; `tables/`, `figures/` and `report.html` are written there.
     """
     scenes = [
@@ -104,7 +105,7 @@ def write_results(grid: Grid, sets: Sequence[EvaluationSet], results: Results, o
     if grid.reference:
         tests = tuple(test_table(scene, grid.reference) for scene in scenes)
         sections.append(Section(f"Paired tests against {grid.reference}", tables=tests))
-    sections.append(Section("Before and after", panels=tuple(_panels(grid, scenes, sets, output))))
+    sections.append(Section("Before and after", panels=tuple(_panels(grid, scenes, sets, cache))))
     _save(sections, output)
     report = output / "report.html"
     atomic_write(report, html_report(grid.title, sections).encode())
@@ -570,7 +571,7 @@ def _risk(scene: Scene, attack: str, output: Path) -> bytes:
 
 
 def _panels(
-    grid: Grid, scenes: Sequence[Scene], sets: Sequence[EvaluationSet], output: Path
+    grid: Grid, scenes: Sequence[Scene], sets: Sequence[EvaluationSet], cache: Path
 ) -> Iterator[Panel]:
     """Yield before-and-after pictures of the first images: clean, attacked, defended, and the change."""
     shown = [defense for defense in grid.defenses if defense.group == (grid.reference or "ACSR")][:1]
@@ -582,7 +583,7 @@ def _panels(
             cell = scene.cell(attack.name, defenses[0].name) if defenses else None
             if attack.adaptive or cell is None:
                 continue
-            path = output / "adversarial" / f"{cell.first_file}.parquet"
+            path = cache / "adversarial" / f"{cell.first_file}.parquet"
             attacked = stored_pixels(pq.read_table(path, columns=["image"]).slice(0, PANEL_IMAGES))
             with torch.no_grad():
                 defended = defense_of(defenses[0].config, "cpu")(torch.from_numpy(to_unit_range(attacked)))

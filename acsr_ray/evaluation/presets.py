@@ -204,7 +204,7 @@ def _data(
     name: str,
     place: Place,
     images: int | None,
-    validation_images: int = 500,
+    validation_images: int = 200,
 ) -> EvaluationData:
     _, validation, test = place.splits(name)
     return EvaluationData(
@@ -383,7 +383,7 @@ def _table2(place: Place) -> Grid:
         title="Table 2: one purifier for four targets, CIFAR-10",
         caption=_size_caption(place) + "One f_rob and one bundle for all targets.",
         layout="targets",
-        data=(_data("cifar10", place, 200, 200),),
+        data=(_data("cifar10", place, 200),),
         targets=tuple(_target(place, "cifar10", name, title) for name, title in titles.items()),
         attacks=(*calibrated_attacks(place), *literal_attacks(place)),
         defenses=(_none(), *_acsr(place, "cifar10"), *controls(place, "cifar10")),
