@@ -80,7 +80,9 @@ class Scene:
         return self.grid.defenses_of(self.data)
 
 
-def write_results(grid: Grid, sets: Sequence[EvaluationSet], results: Results, output: Path) -> Written:
+def write_results(
+    grid: Grid, sets: Sequence[EvaluationSet], results: Results, cache: Path, output: Path
+) -> Written:
     """Write every table and figure of a sweep and the report.
 
     Args:
