@@ -48,6 +48,7 @@ logger = logging.getLogger(__name__)
 PROGRESS_SECONDS = 10.0
 MAX_RETRIES = 3
 SHOWN_FAILURES = 3
+CACHED = ("calibrations", "adversarial", "outcomes")
 REPORT_LIBRARIES = ("skimage.metrics", "matplotlib.figure")
 
 Unit = TypeVar("Unit")
@@ -119,7 +120,7 @@ def sweep_attacks(settings: SweepAttacksSettings) -> dict[str, Any]:
         _run_plan(runner, plan, sets)
     write_json(settings.output / "grid.json", grid.describe())
     results = collect(plan, sets, runner.cache)
-    pq.write_table(results.table, settings.output / "results.parquet")
+    atomic_write(settings.output / "results.parquet", _parquet(results.table))
     written = write_results(grid, sets, results, runner.cache, settings.output)
     return {
         "units": len(plan.attacks) + len(plan.defends),
@@ -175,7 +176,8 @@ def _calibrate(
                     grid.seeds[0],
                 ]
                 wanted[fingerprint(parts)] = (loaded, target, attack)
-    chunks = {id(loaded): ray.put(loaded.whole()) for loaded, _, _ in wanted.values()}
+    whole = {id(loaded): loaded.whole() for loaded in sets if loaded.split == "validation"}
+    chunks = {number: ray.put(chunk) for number, chunk in whole.items()} if wanted else {}
 
     def submit(key: str) -> "ray.ObjectRef[Any]":
         loaded, target, attack = wanted[key]
@@ -256,8 +258,11 @@ class _Runner:
             raise ResourceError("device is cuda, but the Ray cluster has no GPU")
         self.device = "cuda" if on_gpu else "cpu"
         self.cache = settings.cache or settings.output
+        for name in CACHED:
+            _clear_leftovers(self.cache / name)
         self.threads = max(1, int(settings.task_cpus))
         self.cached = 0
+        self._tasks: dict[Callable[..., Any], Any] = {}
         self._cpus = settings.task_cpus
         self._gpus = settings.task_gpus if on_gpu else 0.0
         slots = gpus / settings.task_gpus if on_gpu else total.get("CPU", 1.0) / settings.task_cpus
@@ -266,7 +271,11 @@ class _Runner:
 
     def task(self, body: Callable[..., Any]) -> Any:  # noqa: ANN401  (ray's remote functions have no type)
         """Return a function as a Ray task with the unit's resources."""
-        return ray.remote(body).options(num_cpus=self._cpus, num_gpus=self._gpus, max_retries=MAX_RETRIES)
+        # Once per function: Ray ships every remote function to every worker.
+        if body not in self._tasks:
+            options = {"num_cpus": self._cpus, "num_gpus": self._gpus, "max_retries": MAX_RETRIES}
+            self._tasks[body] = ray.remote(body).options(**options)
+        return self._tasks[body]
 
     def run(
         self,
@@ -349,6 +358,14 @@ def _defend_task(
     torch.set_num_threads(threads)
     table = None if attacked is None else pq.read_table(attacked)
     return _parquet(defend_unit(chunk.head(count), table, target, defense, device=device))
+
+
+def _clear_leftovers(folder: Path) -> None:
+    """Remove what writers that were killed had begun; another sweep may be writing here now."""
+    for path in folder.glob(".*.tmp"):
+        writer = path.name.split(".")[-2]
+        if writer.isdecimal() and not Path("/proc", writer).exists():
+            path.unlink(missing_ok=True)
 
 
 def _parquet(table: pa.Table) -> bytes:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -136,20 +137,25 @@ def attack_table(scene: Scene) -> Table:
     """Return what each attack did to the bare target, or to the pipeline that it attacked."""
     rows = []
     for attack in scene.grid.attacks:
-        for defense in scene.defenses if attack.adaptive else scene.defenses[:1]:
-            cell = scene.cell(attack.name, defense.name)
-            if cell is None:
-                continue
-            bare = None if attack.adaptive else scene.cell(attack.name, NONE)
-            shown = bare or cell
+        cells = [
+            (defense.name, cell)
+            for defense in scene.defenses
+            for cell in (scene.cell(attack.name, defense.name),)
+            if cell is not None
+        ]
+        # What does not see the defence is one attack for all of them.
+        for name, cell in cells if attack.adaptive else cells[:1]:
+            shown = cell if attack.adaptive else scene.cell(attack.name, NONE)
+            # Unrounded images were shown to the source alone.
+            floats = ABSENT if attack.knowledge == "transfer" else str(cell.float_accuracy)
             rows.append(
                 (
                     attack.name,
                     cell.budget,
                     attack.knowledge.replace("_", "-"),
-                    defense.name if attack.adaptive else NONE,
-                    str(shown.accuracy),
-                    str(shown.float_accuracy),
+                    name if attack.adaptive else NONE,
+                    ABSENT if shown is None else str(shown.accuracy),
+                    floats,
                     f"{np.median(cell.relative_l2):.4f}",
                     f"{np.median(cell.l2):.3f}",
                     f"{255 * np.max(cell.linf):.1f}",
@@ -317,7 +323,7 @@ def _budget_warnings(scene: Scene, defense: str, label: str) -> Iterator[SanityW
     series: dict[tuple[str, str], list[tuple[float, Share]]] = {}
     for attack in scene.grid.attacks:
         config, cell = attack.attack, scene.cell(attack.name, defense)
-        white = attack.knowledge in SEEING or (attack.knowledge == "gray_box" and defense == NONE)
+        white = _sees_all(attack, defense)
         iterative = config.name in ITERATIVE and config.norm == "linf" and config.epsilon is not None
         if cell is not None and white and iterative and config.epsilon is not None:
             points = series.setdefault((config.name, attack.knowledge), [])
@@ -325,6 +331,11 @@ def _budget_warnings(scene: Scene, defense: str, label: str) -> Iterator[SanityW
     for (name, knowledge), points in series.items():
         if len(points) > 1:
             yield from check_budgets(f"{label}, {name} {knowledge}", points, huge=HUGE_LINF)
+
+
+def _sees_all(attack: SweepAttack, defense: str) -> bool:
+    """Return whether the attack has gradients of all that classifies; without a defence, gray box does."""
+    return attack.knowledge in SEEING or (attack.knowledge == "gray_box" and defense == NONE)
 
 
 def _black_box_warnings(scene: Scene, defense: str, label: str) -> Iterator[SanityWarning]:
@@ -338,7 +349,7 @@ def _black_box_warnings(scene: Scene, defense: str, label: str) -> Iterator[Sani
             for cell in (scene.cell(attack.name, defense),)
             if cell is not None
             and attack.attack.name in ITERATIVE
-            and attack.knowledge in SEEING
+            and _sees_all(attack, defense)
             and (attack.attack.norm, attack.attack.epsilon) == (square.attack.norm, square.attack.epsilon)
             and len(cell) >= len(black)
         ]
@@ -353,7 +364,9 @@ def _one_step_warnings(scene: Scene) -> Iterator[SanityWarning]:
             continue
         for many in scene.grid.attacks:
             same = (many.attack.norm, many.attack.epsilon) == (one.attack.norm, one.attack.epsilon)
-            if many.attack.name in ITERATIVE and same and many.calibrate_to is None:
+            if not same or many.attack.name not in ITERATIVE or many.calibrate_to is not None:
+                continue
+            if _sees_all(one, NONE) and _sees_all(many, NONE):
                 first, second = scene.cell(one.name, NONE), scene.cell(many.name, NONE)
                 if first is not None and second is not None and len(first) == len(second):
                     yield from check_one_step(f"{scene.title}, bare", first.accuracy, second.accuracy)
@@ -376,14 +389,17 @@ def _defense_sections(grid: Grid, scenes: Sequence[Scene], output: Path) -> list
 
 
 def _target_sections(grid: Grid, scenes: Sequence[Scene], output: Path) -> list[Section]:
-    return [Section("Accuracy", tables=tuple(_block_tables(scenes)))]
+    return [
+        Section(f"Accuracy, {of_data[0].data}", tables=tuple(_block_tables(of_data)))
+        for of_data in _by_data(scenes)
+    ]
 
 
 def _filter_sections(grid: Grid, scenes: Sequence[Scene], output: Path) -> list[Section]:
-    def scores(title: str, of: Callable[[Cell], str]) -> Table:
+    def scores(of_data: Sequence[Scene], title: str, of: Callable[[Cell], str]) -> Table:
         rows = [
             (scene.target, defense.name, *(ABSENT if cell is None else of(cell) for cell in cells))
-            for scene in scenes
+            for scene in of_data
             for defense in scene.defenses
             for cells in ([scene.cell(n, defense.name) for n in (CLEAN, *(a.name for a in grid.attacks))],)
         ]
@@ -397,22 +413,38 @@ def _filter_sections(grid: Grid, scenes: Sequence[Scene], output: Path) -> list[
     def f1(cell: Cell) -> str:
         return f"{macro_scores(cell.labels, cell.probabilities).f1:.3f}"
 
-    tables = (*_block_tables(scenes), scores("Macro AUC, one against the rest", area), scores("Macro F1", f1))
-    figures = tuple(
-        Picture(f"Risk and coverage, {scene.title}, {attack.name}", _risk(scene, attack.name, output))
-        for scene in scenes
-        for attack in grid.attacks[-1:]
-    )
-    return [Section("Accuracy, AUC and F1", tables=tables, figures=figures)]
+    return [
+        Section(
+            f"Accuracy, AUC and F1, {of_data[0].data}",
+            tables=(
+                *_block_tables(of_data),
+                scores(of_data, "Macro AUC, one against the rest", area),
+                scores(of_data, "Macro F1", f1),
+            ),
+            figures=tuple(
+                Picture(f"Risk and coverage, {scene.title}, {attack.name}", _risk(scene, attack.name, output))
+                for scene in of_data
+                for attack in grid.attacks[-1:]
+            ),
+        )
+        for of_data in _by_data(scenes)
+    ]
 
 
 def _rank_sections(grid: Grid, scenes: Sequence[Scene], output: Path) -> list[Section]:
     sections = []
     for scene in scenes:
-        ranks = [defense for defense in scene.defenses if defense.group == "rank"]
         for attack in grid.attacks:
-            cells = [scene.cell(attack.name, defense.name) for defense in ranks]
-            by_rank = [cell for cell in cells if cell is not None]
+            ranked = [
+                (defense, cell)
+                for defense in scene.defenses
+                if defense.group == "rank"
+                for cell in (scene.cell(attack.name, defense.name),)
+                if cell is not None
+            ]
+            if not ranked:
+                continue
+            by_rank = [cell for _, cell in ranked]
             others = [
                 (defense, cell)
                 for defense in scene.defenses
@@ -428,10 +460,13 @@ def _rank_sections(grid: Grid, scenes: Sequence[Scene], output: Path) -> list[Se
                 title=title,
                 svg=_svg(output, f"ranks {title}"),
             )
-            compared = [*others, *((ranks[i], by_rank[i]) for i in (1, len(by_rank) // 2, -1))]
+            # The next, a middle and the last rank, each once.
+            last = len(ranked) - 1
+            chosen = dict.fromkeys(rank for rank in (1, len(ranked) // 2, last) if 0 < rank <= last)
+            compared = [*others, *(ranked[rank] for rank in chosen)]
             rows = tuple(
                 (
-                    f"{ranks[0].name} (nearest)",
+                    f"{ranked[0][0].name} (nearest)",
                     other.name,
                     str(by_rank[0].accuracy),
                     str(cell.accuracy),
@@ -452,14 +487,20 @@ def _rank_sections(grid: Grid, scenes: Sequence[Scene], output: Path) -> list[Se
             )
             table = Table(f"The core claim: {title}", "Exact McNemar tests, same images.", header, rows)
             sections.append(Section(title, tables=(table,), figures=(Picture(title, png),)))
-    return [*sections, Section("All ranks", tables=tuple(_block_tables(scenes)))]
+    return [
+        *sections,
+        *(
+            Section(f"All ranks, {of_data[0].data}", tables=tuple(_block_tables(of_data)))
+            for of_data in _by_data(scenes)
+        ),
+    ]
 
 
 def _strength_sections(grid: Grid, scenes: Sequence[Scene], output: Path) -> list[Section]:
     sections = []
-    for data in dict.fromkeys(scene.data for scene in scenes):
-        curves = []
-        for scene in (one for one in scenes if one.data == data):
+    for of_data in _by_data(scenes):
+        data, curves = of_data[0].data, []
+        for scene in of_data:
             for defense in scene.defenses:
                 clean = scene.cell(CLEAN, defense.name)
                 points = [(0.0, clean.accuracy)] if clean is not None else []
@@ -474,7 +515,6 @@ def _strength_sections(grid: Grid, scenes: Sequence[Scene], output: Path) -> lis
             budget_label="linf, /255",
             svg=_svg(output, f"strength {data}"),
         )
-        of_data = [scene for scene in scenes if scene.data == data]
         tables = tuple(_block_tables(of_data))
         sections.append(Section(data, tables=tables, figures=(Picture(data, png),)))
     return sections
@@ -530,6 +570,11 @@ LAYOUTS: Mapping[str, Callable[[Grid, Sequence[Scene], Path], list[Section]]] = 
 }
 
 
+def _by_data(scenes: Sequence[Scene]) -> list[list[Scene]]:
+    """Return the scenes of each data set; targets of two may have one name."""
+    return [[s for s in scenes if s.data == data] for data in dict.fromkeys(s.data for s in scenes)]
+
+
 def _block_tables(scenes: Sequence[Scene]) -> Iterator[Table]:
     attacks = scenes[0].grid.attacks
     for block in dict.fromkeys(attack.block for attack in attacks):
@@ -576,25 +621,24 @@ def _panels(
     grid: Grid, scenes: Sequence[Scene], sets: Sequence[EvaluationSet], cache: Path
 ) -> Iterator[Panel]:
     """Yield before-and-after pictures of the first images: clean, attacked, defended, and the change."""
-    shown = [defense for defense in grid.defenses if defense.group == (grid.reference or "ACSR")][:1]
     for scene in scenes:
+        shown = [d for d in scene.defenses if d.group == (grid.reference or "ACSR")][:1]
         chunk = next(s for s in sets if s.data.name == scene.data and s.split == "test").chunks[0]
         clean = chunk.pixels[:PANEL_IMAGES]
         for attack in grid.attacks:
-            defenses = [defense for defense in shown if defense in scene.defenses]
-            cell = scene.cell(attack.name, defenses[0].name) if defenses else None
+            cell = scene.cell(attack.name, shown[0].name) if shown else None
             if attack.adaptive or cell is None:
                 continue
             path = cache / "adversarial" / f"{cell.first_file}.parquet"
             attacked = stored_pixels(pq.read_table(path, columns=["image"]).slice(0, PANEL_IMAGES))
             with torch.no_grad():
-                defended = defense_of(defenses[0].config, "cpu")(torch.from_numpy(to_unit_range(attacked)))
+                defended = defense_of(shown[0].config, "cpu")(torch.from_numpy(to_unit_range(attacked)))
             after = to_pixels(round_to_pixels(defended).numpy())
             rows = [
                 ("clean", clean[: len(after)]),
                 ("attacked", attacked),
                 ("attack x 5", magnified_difference(attacked, clean[: len(after)])),
-                (defenses[0].name[:16], after),
+                (shown[0].name[:16], after),
                 ("left x 5", magnified_difference(after, clean[: len(after)])),
             ]
             yield Panel(f"{attack.name}, {scene.title}", draw_panel(rows, scale=max(1, 96 // clean.shape[1])))
@@ -628,9 +672,13 @@ def _slug(text: str) -> str:
 
 
 def _save(sections: Sequence[Section], output: Path) -> None:
+    names: set[str] = set()
     for section in sections:
         for table in section.tables:
-            name = _slug(f"{section.heading} {table.title}")[:120]
+            short = _slug(f"{section.heading} {table.title}")[:120]
+            # Long titles may begin alike.
+            name = next(n for n in (short, *(f"{short}-{i}" for i in count(2))) if n not in names)
+            names.add(name)
             for suffix, write in (("md", to_markdown), ("csv", to_csv), ("tex", to_latex)):
                 atomic_write(output / "tables" / f"{name}.{suffix}", write(table).encode())
         for picture in section.figures:
