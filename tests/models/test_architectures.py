@@ -1,5 +1,7 @@
 """The networks of target classifiers: sizes against the papers' tables, shapes, gradients, independence."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -173,7 +175,7 @@ def test_inception_modules_have_the_sizes_of_table_1(module, thousands):
 def test_alexnet_has_five_convolutions_and_three_linear_layers():
     network = _meta(AlexNet)
     channels = (3, 64, 192, 384, 256, 256)
-    pairs = zip(channels, channels[1:], strict=False)
+    pairs = itertools.pairwise(channels)
     assert _count(network, nn.Conv2d) == sum(9 * before * after for before, after in pairs)
     linear = [256 * 16 * 1024 + 1024, 1024**2 + 1024, 1024 * 1000 + 1000]
     assert _count(network, nn.Linear) == sum(linear)

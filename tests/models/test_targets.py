@@ -30,7 +30,6 @@ from acsr_ray.models.targets import (
     load_target,
     save_target,
 )
-from acsr_ray.models.wide_resnet import build_wide_resnet
 
 NAMES = ("ant", "bee", "cat")
 CONFIG = TargetConfig(
@@ -193,7 +192,7 @@ def test_encoders_of_the_pipeline_are_targets(kind, tmp_path):
 
 
 def test_directories_that_are_no_target_are_refused(tmp_path):
-    with pytest.raises(ArtifactError, match="no target at .*manifest.json is missing"):
+    with pytest.raises(ArtifactError, match=r"no target at .*manifest\.json is missing"):
         load_target(str(tmp_path))
     finish_artifact(tmp_path, "semantics", [], {})
     with pytest.raises(ArtifactError, match="'semantics' artifact, not a 'target'"):
