@@ -1,8 +1,8 @@
 """The paper's tables and figures, and two of ours, as grids (METHOD, section 8), in two sizes.
 
-`small` is for two CPU cores: quarter-width targets, 200 images or fewer (gray-box: 2,000 and a ResNet-9),
-BIM of 20 and CW of 50 steps, CW without binary search. `full` is for GPUs: full width, the whole test split. Every preset names its artifacts below one folder; `recipes` knows
-the command that makes each of them.
+`small` is for two CPU cores: quarter-width targets, 200 images or fewer (gray-box: 2,000 and a ResNet-9), BIM of
+20 and CW of 50 steps, CW without binary search. `full` is for GPUs: full width, the whole test split. Every
+preset names its artifacts below one folder; `recipe` knows the command that makes each of them.
 """
 
 import shlex
@@ -236,7 +236,7 @@ def _target(place: Place, data: str, architecture: str, title: str, suffix: str 
 
 
 def _paper_configs(place: Place) -> dict[str, AttackConfig]:
-    """Return the paper's five attacks at its literal budgets; `small` takes fewer steps and no search on c."""
+    """Return the paper's five attacks at its literal budgets; `small` takes fewer steps."""
     relative: Norm = "relative_l2"
     bim_steps, cw_steps, search = (20, 50, 0) if place.small else (100, 100, 5)
     return {
@@ -551,8 +551,8 @@ def _graybox(place: Place) -> Grid:
     return Grid(
         title="Gray-box: every defence at equal clean accuracy, CIFAR-10",
         caption=_size_caption(place)
-        + "2,000 test images where the variant is small. The attacker sees the bare target only. Strengths are "
-        "chosen on the validation split. Left out: quilting, PixelDefend and TVM with dropout, the slow three.",
+        + "The attacker sees the bare target only. Strengths are chosen on the validation split. Left out: "
+        "quilting, PixelDefend and TVM with dropout, the slow three.",
         data=(_data(data, place, 2000, 1000),),
         targets=(_target(place, data, target, "ResNet-9" if place.small else "VGG-16"),),
         attacks=(
