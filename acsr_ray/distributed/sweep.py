@@ -12,6 +12,7 @@ Files are published atomically, so a killed sweep goes on where it stopped, and 
 import io
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -364,8 +365,14 @@ def _clear_leftovers(folder: Path) -> None:
     """Remove what writers that were killed had begun; another sweep may be writing here now."""
     for path in folder.glob(".*.tmp"):
         writer = path.name.split(".")[-2]
-        if writer.isdecimal() and not Path("/proc", writer).exists():
+        if not writer.isdecimal():
+            continue
+        try:
+            os.kill(int(writer), 0)
+        except ProcessLookupError:
             path.unlink(missing_ok=True)
+        except OSError:
+            continue  # it lives, as another user
 
 
 def _parquet(table: pa.Table) -> bytes:
