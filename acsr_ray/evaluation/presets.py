@@ -1,7 +1,7 @@
 """The paper's tables and figures, and two of ours, as grids (METHOD, section 8), in two sizes.
 
 `small` is for two CPU cores: quarter-width targets, 200 images or fewer (gray-box: 2,000 and a ResNet-9), BIM
-of 20 and CW of 50 steps, CW without binary search. `full` is for GPUs: full width, the whole test split. Every
+of 20 and CW of 50 steps, CW without binary search. `full` is for GPUs: full width, the whole test split. Each
 preset names its artifacts below one folder; `recipe` knows the command that makes each of them.
 """
 
