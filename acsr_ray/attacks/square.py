@@ -112,7 +112,7 @@ def _propose_l2(
     unused = (radius.square() - delta.square().sum((1, 2, 3), keepdim=True)).clamp(min=0)
     freed = (delta * (inside | other)).square().sum((2, 3), keepdim=True)
     local = delta * inside
-    mixed = signs * _placed(images, side, top, left, numbers[:, 4] < 0.5)
+    mixed = signs * _placed(images, side, top, left, numbers[:, 4] < 0.5) * inside
     mixed = mixed + local / local.square().sum((2, 3), keepdim=True).sqrt().clamp(min=FLOOR)
     length = mixed.square().sum((2, 3), keepdim=True).sqrt().clamp(min=FLOOR)
     mixed = mixed / length * (freed + unused / channels).sqrt()
@@ -137,7 +137,10 @@ def _window(images: Tensor, side: int, numbers: Tensor) -> tuple[Tensor, Tensor,
 
 
 def _placed(images: Tensor, side: int, top: Tensor, left: Tensor, turned: Tensor) -> Tensor:
-    """Return the double bump (N, 1, H, W) at each image's window, turned by 90 degrees where asked."""
+    """Return the double bump (N, 1, H, W) at each image's window, turned by 90 degrees where asked.
+
+    Outside the window its edges go on; the caller masks them.
+    """
     height, width = images.shape[2:]
     bump = double_bump(side).to(images)
     down = (torch.arange(height, device=images.device) - top[:, None]).clamp(0, side - 1)

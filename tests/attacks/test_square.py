@@ -6,7 +6,7 @@ import torch
 from acsr_ray.attacks.draws import Draws
 from acsr_ray.attacks.gradient import noise
 from acsr_ray.attacks.rounding import perturbation_norms
-from acsr_ray.attacks.square import covered_share, double_bump, square
+from acsr_ray.attacks.square import _propose_l2, covered_share, double_bump, square
 from acsr_ray.attacks.threat import ThreatModel
 
 THREATS = [ThreatModel("linf", 20 / 255), ThreatModel("l2", 1.6), ThreatModel("relative_l2", 0.2)]
@@ -45,6 +45,23 @@ def test_outputs_alone_beat_noise_within_the_budget(digits, threat):
     assert (perturbation_norms(got, images, threat.norm) <= threat.epsilon * (1 + 1e-4)).all()
     assert got.min() >= 0
     assert got.max() <= 1
+
+
+@pytest.mark.parametrize("norm", ["l2", "relative_l2"])
+def test_l2_proposals_keep_the_norm_and_change_two_windows(norm):
+    """Algorithm 3 moves norm within two windows: what is outside keeps its values."""
+    images = torch.full((40, 3, 20, 20), 0.5)
+    threat = ThreatModel(norm, 0.3 if norm == "l2" else 0.02)
+    draws = Draws(0, torch.arange(40))
+    start = _propose_l2(images, images, threat, 0, 1000, draws)
+    proposal = _propose_l2(start, images, threat, 300, 1000, draws)
+    for points in (start, proposal):
+        lengths = (points - images).flatten(1).norm(dim=1)
+        torch.testing.assert_close(lengths, threat.radius(images).flatten(), rtol=1e-4, atol=0)
+    side = max(round((covered_share(300, 1000) * 400) ** 0.5), 3) | 1
+    changed = ((proposal - start).abs() > 1e-6).any(1)
+    assert (changed.flatten(1).sum(1) > side**2 / 2).all()
+    assert (changed.flatten(1).sum(1) <= 2 * side**2).all()
 
 
 @by_norm
