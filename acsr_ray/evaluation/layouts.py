@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -677,7 +676,10 @@ def _save(sections: Sequence[Section], output: Path) -> None:
         for table in section.tables:
             short = _slug(f"{section.heading} {table.title}")[:120]
             # Long titles may begin alike.
-            name = next(n for n in (short, *(f"{short}-{i}" for i in count(2))) if n not in names)
+            name, number = short, 1
+            while name in names:
+                number += 1
+                name = f"{short}-{number}"
             names.add(name)
             for suffix, write in (("md", to_markdown), ("csv", to_csv), ("tex", to_latex)):
                 atomic_write(output / "tables" / f"{name}.{suffix}", write(table).encode())
