@@ -578,7 +578,7 @@ def _graybox(place: Place) -> Grid:
             *_ladder("Gaussian", "gaussian", "sigma", (0.4, 0.5, 0.6)),
             *_ladder("TVM", "tvm", "weight", (0.02, 0.05)),
             *_ladder("crop ensemble", "crop_ensemble", "crop", (0.9,), crops=10),
-            *_ladder("pixel deflection", "pixel_deflection", "deflections", (25, 100)),
+            *_ladder("pixel deflection", "pixel_deflection", "deflections", (20, 100)),
             _single("MagNet", "magnet", artifact=str(place.defense(data, "magnet"))),
         ),
         chunk=100,
