@@ -1,0 +1,344 @@
+"""What people read of a sweep: every layout's files, the choice of strengths, and the warnings."""
+
+import csv
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from acsr_ray.corpus.images import encode_png
+from acsr_ray.evaluation.cells import Chunk
+from acsr_ray.evaluation.grid import Grid
+from acsr_ray.evaluation.layouts import (
+    LAYOUTS,
+    Scene,
+    attack_table,
+    choose_strengths,
+    equal_clean_table,
+    scene_warnings,
+    write_results,
+)
+from acsr_ray.evaluation.plan import EvaluationSet
+from acsr_ray.evaluation.results import Results
+
+IMAGES, SIDE = 200, 16
+
+
+def gaussian(name, sigma, family=None):
+    return {"name": name, "config": {"name": "gaussian", "sigma": sigma}, "family": family}
+
+
+def pgd(name, levels, **more):
+    return {"name": name, "attack": {"name": "pgd", "epsilon": levels / 255}, **more}
+
+
+NONE = {"name": "none", "config": {"name": "none"}}
+NOISE = {"name": "noise", "attack": {"name": "noise", "epsilon": 4 / 255}}
+FGSM = {"name": "FGSM", "attack": {"name": "fgsm", "epsilon": 4 / 255}}
+SQUARE = {
+    "name": "Square",
+    "attack": {"name": "square", "epsilon": 4 / 255, "queries": 100},
+    "knowledge": "white_box",
+}
+DEFENSES = [NONE, gaussian("ACSR .5", 0.5, "ACSR"), gaussian("ACSR .8", 0.8, "ACSR"), gaussian("blur", 0.4)]
+
+
+def grid_of(attacks, defenses=DEFENSES, data=("toys",), **more):
+    entry = {"test": ["unused"], "validation": ["unused"], "image_size": SIDE}
+    return Grid.model_validate(
+        {
+            "title": "Synthetic <sweep>",
+            "caption": "By hand.",
+            "data": [{"name": name, **entry} for name in data],
+            "targets": [{"name": "net", "location": "unused"}],
+            "attacks": attacks,
+            "defenses": defenses,
+            **more,
+        }
+    )
+
+
+def results_of(grid, accuracies, validation=None):
+    """Return outcomes of every cell with given accuracies by (attack, defence); 0.5 where none is given."""
+    tables = []
+    for data in grid.data:
+        for defense in grid.defenses:
+            cells = [("test", None), ("validation", None), *(("test", attack) for attack in grid.attacks)]
+            for split, attack in cells:
+                if attack and attack.defenses is not None and defense.name not in attack.defenses:
+                    continue
+                name = attack.name if attack else "clean"
+                known = accuracies if split == "test" else (validation or {})
+                accuracy = known.get((name, defense.name), known.get(name, 0.5))
+                count = min(IMAGES, (attack.images if attack else None) or IMAGES)
+                tables.append(cell_rows(data.name, split, attack, defense, accuracy, count))
+    return Results(pa.concat_tables(tables))
+
+
+def cell_rows(data, split, attack, defense, accuracy, count):
+    keys = np.arange(count)
+    correct = keys < round(accuracy * count)
+    labels = keys % 3
+    predictions = np.where(correct, labels, (labels + 1) % 3)
+    probabilities = np.full((count, 3), 0.1)
+    probabilities[keys, predictions] = 0.8
+    nulls = pa.nulls(count, pa.float32())
+    columns = {
+        "key": keys,
+        "label": labels,
+        "prediction": predictions,
+        "confidence": 0.5 + 0.4 * correct,
+        "probabilities": list(probabilities),
+        "psnr": np.full(count, 30.0),
+        "ssim": np.full(count, 0.9),
+        "seconds": np.full(count, 0.01),
+        "float_prediction": pa.array(predictions if attack else [None] * count, pa.int64()),
+    }
+    for name in ("linf", "l2", "relative_l2", "attack_seconds"):
+        columns[name] = pa.array(np.full(count, 0.02, np.float32)) if attack else nulls
+    words = {
+        "data": data,
+        "split": split,
+        "target": "net",
+        "attack": attack.name if attack else "clean",
+        "budget": attack.attack.label if attack else None,
+        "attacked_by": f"{data}-unit" if attack else None,
+        "knowledge": attack.knowledge if attack else None,
+        "defense": defense.name,
+        "family": defense.group,
+    }
+    for name, word in words.items():
+        columns[name] = pa.array([word] * count, pa.string())
+    columns["seed"] = np.zeros(count, np.int64)
+    return pa.table(columns)
+
+
+def sets_of(grid, cache, pixels):
+    """Return a set per split and write the attacked images that the pictures are made of."""
+    chunk = Chunk(pixels, np.arange(len(pixels)) % 3, np.arange(len(pixels)))
+    (cache / "adversarial").mkdir(parents=True, exist_ok=True)
+    sets = []
+    for data in grid.data:
+        images = {
+            "image": [encode_png(np.clip(image.astype(int) + 9, 0, 255).astype(np.uint8)) for image in pixels]
+        }
+        pq.write_table(pa.table(images), cache / "adversarial" / f"{data.name}-unit.parquet")
+        sets += [EvaluationSet(data, split, (chunk,), ("d",), ()) for split in ("test", "validation")]
+    return sets
+
+
+def scene_of(grid, accuracies, validation=None):
+    return Scene(grid, results_of(grid, accuracies, validation), grid.data[0].name, "net")
+
+
+def column(table, name):
+    """Return a column of a table by the cells of its first."""
+    place = table.header.index(name)
+    return {row[0]: row[place] for row in table.rows}
+
+
+RANKS = [
+    NONE,
+    *(gaussian(f"rank {rank}", 0.3 + rank / 10, "rank") for rank in (1, 2, 3)),
+    gaussian("STL", 0.4),
+]
+BLOCKS = [pgd("PGD 4", 4, block="B1"), pgd("PGD 8", 8, block="White-box budgets", knowledge="white_box")]
+KINDS = {
+    "defenses": {"attacks": BLOCKS, "choose": True, "reference": "ACSR"},
+    "targets": {"attacks": BLOCKS, "data": ("toys", "photos"), "reference": "ACSR"},
+    "filter": {"attacks": BLOCKS, "data": ("toys", "photos")},
+    "ranks": {"attacks": BLOCKS[:1], "defenses": RANKS},
+    "strengths": {"attacks": BLOCKS, "data": ("toys", "photos")},
+    "adaptive": {"attacks": BLOCKS, "choose": True},
+    "panels": {"attacks": BLOCKS[:1]},
+}
+
+
+def test_every_layout_is_tried():
+    assert KINDS.keys() == LAYOUTS.keys()
+
+
+@pytest.mark.parametrize("layout", KINDS)
+def test_a_layout_writes_tables_figures_and_the_report(layout, tmp_path, smooth_pixels):
+    grid = grid_of(layout=layout, **KINDS[layout])
+    sets = sets_of(grid, tmp_path / "cache", smooth_pixels(10, SIDE, SIDE, 0))
+    results = results_of(grid, {"clean": 0.93, "PGD 4": 0.715, "PGD 8": 0.41})
+    written = write_results(grid, sets, results, tmp_path / "cache", tmp_path / "out")
+    page = written.report.read_text()
+    assert "Synthetic &lt;sweep&gt;" in page
+    assert "By hand." in page
+    tables = {path.stem for path in (tmp_path / "out" / "tables").iterdir()}
+    for stem in tables:
+        for suffix in ("md", "csv", "tex"):
+            assert (tmp_path / "out" / "tables" / f"{stem}.{suffix}").stat().st_size > 0
+    # Every table of the page is a file of its own.
+    assert page.count("<table>") == len(tables)
+    figures = (
+        list((tmp_path / "out" / "figures").glob("*.png")) if layout not in ("targets", "panels") else []
+    )
+    assert page.count('class="figure"') == len(figures)
+    assert bool(figures) == (layout not in ("targets", "panels"))
+    for path in figures:
+        assert path.read_bytes().startswith(b"\x89PNG")
+    # Only the family ACSR is shown, and only attacks that any defence may meet.
+    shown = 0 if layout == "ranks" else len(grid.data)
+    assert page.count('class="panel"') == shown
+    if layout != "panels":
+        assert "71.5 [" in page
+
+
+def test_data_sets_do_not_share_a_row(tmp_path, smooth_pixels):
+    grid = grid_of(layout="targets", **KINDS["targets"])
+    sets = sets_of(grid, tmp_path, smooth_pixels(3, SIDE, SIDE, 0))
+    write_results(grid, sets, results_of(grid, {}), tmp_path, tmp_path)
+    accuracies = [path for path in (tmp_path / "tables").glob("accuracy-*.csv") if "-b1" in path.stem]
+    assert len(accuracies) == 2
+    for path in accuracies:
+        rows = list(csv.reader(path.open()))
+        assert len({row[0] for row in rows}) == len(rows)
+
+
+def test_titles_that_begin_alike_get_files_of_their_own(tmp_path, smooth_pixels):
+    long = "a defence with a very long name " * 5
+    attacks = [pgd("one", 4, block=f"{long}1"), pgd("two", 4, block=f"{long}2")]
+    grid = grid_of(attacks, [NONE])
+    write_results(
+        grid,
+        sets_of(grid, tmp_path, smooth_pixels(2, SIDE, SIDE, 0)),
+        results_of(grid, {}),
+        tmp_path,
+        tmp_path,
+    )
+    heads = [path.read_text().splitlines()[0] for path in (tmp_path / "tables").glob("toys-net*.csv")]
+    assert sorted(heads) == ["defence,clean,one", "defence,clean,two"]
+
+
+def test_strengths_are_chosen_on_validation_alone():
+    grid = grid_of([pgd("PGD", 4)], choose=True)
+    # On the test split the stronger ACSR would qualify and the blur would not.
+    test = {
+        ("clean", "none"): 0.90,
+        ("clean", "ACSR .5"): 0.90,
+        ("clean", "ACSR .8"): 0.90,
+        ("clean", "blur"): 0.1,
+    }
+    held_out = {
+        ("clean", "none"): 0.90,
+        ("clean", "ACSR .5"): 0.88,
+        ("clean", "ACSR .8"): 0.80,
+        ("clean", "blur"): 0.89,
+    }
+    scene = scene_of(grid, {**test, ("PGD", "ACSR .5"): 0.33, ("PGD", "ACSR .8"): 0.66}, held_out)
+
+    def chosen(loss):
+        return {choice.family: choice.defense for choice in choose_strengths(scene, loss)}
+
+    assert chosen(0.03) == {"none": "none", "ACSR": "ACSR .5", "blur": "blur"}
+    assert chosen(0.11) == {"none": "none", "ACSR": "ACSR .8", "blur": "blur"}
+    assert chosen(0.005) == {"none": "none", "ACSR": None, "blur": None}
+    table = equal_clean_table(scene, 0.03)
+    assert column(table, "PGD")["ACSR"].startswith("33.0")
+    assert column(table, "validation clean")["ACSR"] == "88.0"
+    assert column(table, "test clean")["blur"].startswith("10.0")
+    assert column(equal_clean_table(scene, 0.005), "chosen")["ACSR"] == "none qualifies"
+
+
+def test_nothing_is_chosen_without_a_bare_accuracy():
+    grid = grid_of([pgd("PGD", 4)], DEFENSES[1:])
+    assert choose_strengths(scene_of(grid, {}), 0.05) == []
+
+
+def test_attacks_show_what_they_did_to_what_they_attacked():
+    attacks = [
+        pgd("gray", 4),
+        pgd("only blur", 4, defenses=["blur"]),
+        pgd("white", 4, knowledge="white_box", defenses=["ACSR .5", "blur"]),
+        pgd("lent", 4, knowledge="transfer", source="net"),
+    ]
+    accuracies = {
+        ("gray", "none"): 0.1,
+        ("gray", "blur"): 0.6,
+        ("white", "ACSR .5"): 0.2,
+        ("white", "blur"): 0.3,
+        ("lent", "none"): 0.7,
+    }
+    rows = attack_table(scene_of(grid_of(attacks), accuracies)).rows
+    assert [(row[0], row[2], row[3], row[4].split()[0]) for row in rows] == [
+        ("gray", "gray-box", "none", "10.0"),
+        ("only blur", "gray-box", "none", "-"),
+        ("white", "white-box", "ACSR .5", "20.0"),
+        ("white", "white-box", "blur", "30.0"),
+        ("lent", "transfer", "none", "70.0"),
+    ]
+    assert rows[0][1] == "PGD linf 4/255 x20"
+    assert rows[4][5] == "-"
+
+
+WHITE = [pgd(f"white {levels}", levels, knowledge="white_box") for levels in (2, 8, 64)]
+STRONG = {"white 2": 0.5, "white 8": 0.2, "white 64": 0.0}
+WARNINGS = {
+    "noise is harmless": ([NOISE], {"clean": 0.9, "noise": 0.89}, set()),
+    "noise does harm": ([NOISE], {"clean": 0.9, ("noise", "blur"): 0.6, "noise": 0.9}, {("noise", "blur")}),
+    "budgets tell": (WHITE, STRONG, set()),
+    "budgets do not": (WHITE, {**STRONG, ("white 8", "ACSR .5"): 0.8}, {("budget", "ACSR .5")}),
+    "a huge one leaves some": (WHITE, {**STRONG, ("white 64", "blur"): 0.2}, {("huge_budget", "blur")}),
+    "no huge one": (WHITE[:1] + WHITE[1:2], STRONG, {("huge_budget", d["name"]) for d in DEFENSES}),
+    "Square loses": ([SQUARE, pgd("w", 4, knowledge="white_box")], {"Square": 0.5, "w": 0.3}, set()),
+    "Square wins": (
+        [SQUARE, pgd("w", 4, knowledge="white_box")],
+        {("Square", "ACSR .8"): 0.1, "Square": 0.6, "w": 0.5},
+        {("black_box", "ACSR .8")},
+    ),
+    "Square of another budget": (
+        [SQUARE, pgd("w", 2, knowledge="white_box")],
+        {"Square": 0.1, "w": 0.5},
+        set(),
+    ),
+    "Square wins bare": (
+        [{**SQUARE, "knowledge": "gray_box"}, pgd("gray", 4)],
+        {"Square": 0.1, "gray": 0.5},
+        {("black_box", "none")},
+    ),
+    "many steps win": ([FGSM, pgd("gray", 4)], {"FGSM": 0.5, "gray": 0.1}, set()),
+    "one step wins": ([FGSM, pgd("gray", 4)], {"FGSM": 0.1, "gray": 0.5}, {("one_step", "bare")}),
+    "a weak transfer is no sign": (
+        [FGSM, pgd("lent", 4, knowledge="transfer", source="net")],
+        {"FGSM": 0.1, "lent": 0.9},
+        set(),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WARNINGS)
+def test_warnings_come_when_they_should(case):
+    attacks, accuracies, expected = WARNINGS[case]
+    scene = scene_of(grid_of(attacks), {"clean": 0.9, **accuracies})
+    found = list(scene_warnings(scene))
+    named = {
+        (warning.name, defense)
+        for warning in found
+        for defense in (*(d["name"] for d in DEFENSES), "bare")
+        if f"net, {defense}:" in warning.message or f"net, {defense}, " in warning.message
+    }
+    assert named == expected
+    assert len(found) == len(expected)
+
+
+def test_square_on_fewer_images_is_compared_on_those():
+    fewer = {**SQUARE, "images": 50}
+    attacks = [fewer, pgd("w", 4, knowledge="white_box")]
+    # The white-box attack leaves the first images standing and takes the rest.
+    scene = scene_of(grid_of(attacks, [NONE]), {"clean": 0.9, "Square": 0.2, "w": 0.25})
+    assert {warning.name for warning in scene_warnings(scene)} == {"black_box"}
+
+
+def test_the_report_shows_its_warnings(tmp_path, smooth_pixels):
+    grid = grid_of([NOISE])
+    sets = sets_of(grid, tmp_path, smooth_pixels(4, SIDE, SIDE, 0))
+    written = write_results(grid, sets, results_of(grid, {"clean": 0.9, "noise": 0.3}), tmp_path, tmp_path)
+    assert {warning.name for warning in written.warnings} == {"noise"}
+    assert 'class="warnings"' in written.report.read_text()
+    quiet = write_results(grid, sets, results_of(grid, {"clean": 0.9, "noise": 0.9}), tmp_path, tmp_path)
+    assert quiet.warnings == ()
+    assert 'class="warnings"' not in quiet.report.read_text()
