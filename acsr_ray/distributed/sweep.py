@@ -32,7 +32,9 @@ from acsr_ray.evaluation.cells import (
     Chunk,
     attack_unit,
     calibrate_unit,
+    check_attackable,
     defend_unit,
+    defense_of,
     fingerprint,
     target_of,
 )
@@ -110,6 +112,7 @@ def sweep_attacks(settings: SweepAttacksSettings) -> dict[str, Any]:
         sets = _load_sets(grid)
         targets = {entry.name: target_of(entry, "cpu").digest for entry in grid.targets}
         defenses = {entry.name: defense_digest(entry.config) for entry in grid.defenses}
+        _check_attackable(grid)
         budgets = _calibrate(runner, grid, sets, targets)
         plan = plan_units(grid, sets, targets, defenses, budgets)
         logger.info(
@@ -145,6 +148,14 @@ def _grid_of(settings: SweepAttacksSettings) -> Grid:
         return grid
     data = tuple(entry.model_copy(update={"images": settings.images}) for entry in grid.data)
     return grid.model_copy(update={"data": data})
+
+
+def _check_attackable(grid: Grid) -> None:
+    """Raise `GridError` for an attack that its defence does not allow, before hours of other units."""
+    for attack in grid.attacks:
+        for entry in grid.defenses:
+            if attack.adaptive and (attack.defenses is None or entry.name in attack.defenses):
+                check_attackable(attack, defense_of(entry.config, "cpu"))
 
 
 def _load_sets(grid: Grid) -> list[EvaluationSet]:

@@ -43,6 +43,7 @@ from acsr_ray.sparse.tikhonov import TikhonovConfig, tikhonov_split
 SWEEP_VERSION = 1
 """Raised when the same unit would give other rows."""
 DEFENCE_BATCH = 50
+GRADIENT_FREE = ("square", "noise")
 
 
 @dataclass(frozen=True)
@@ -196,18 +197,26 @@ def _fixed_dictionaries(defense: PurifierDefense, images: Tensor) -> FixedRows:
 
 
 def _pipeline(entry: SweepAttack, classify: Model, defense: Defense, seed: int) -> Model:
+    check_attackable(entry, defense)
     straight_through = entry.knowledge == "bpda" or not defense.differentiable
-    needs_gradient = entry.attack.name != "square" and entry.knowledge not in ("bpda", "selection")
-    if straight_through and needs_gradient and entry.knowledge != "low_frequency":
-        raise GridError(f"{entry.name}: {type(defense).__name__} has no gradient; use bpda or square")
 
     def wrap(used: Defense) -> Model:
         # `logits`, because an ensemble is more than the one image that it returns.
         return Bpda(used, classify) if straight_through else partial(used.logits, classify)
 
     if defense.randomized and entry.eot_samples > 1:
-        return Eot(lambda draw: wrap(defense.with_seed(seed * 1_000_003 + draw)), entry.eot_samples)
+        # From 1, as the defence itself may have the sweep's seed, which the attacker must not share.
+        return Eot(lambda draw: wrap(defense.with_seed(seed * 1_000_003 + draw + 1)), entry.eot_samples)
     return wrap(defense)
+
+
+def check_attackable(entry: SweepAttack, defense: Defense) -> None:
+    """Raise `GridError` where a defence does not allow an adaptive attack."""
+    if entry.knowledge in ("selection", "white_box_fixed"):
+        _chooser(entry, defense)
+    by_gradient = entry.attack.name not in GRADIENT_FREE
+    if entry.knowledge.startswith("white_box") and by_gradient and not defense.differentiable:
+        raise GridError(f"{entry.name}: {type(defense).__name__} has no gradient; use bpda or square")
 
 
 def _chooser(entry: SweepAttack, defense: Defense) -> PurifierDefense:
