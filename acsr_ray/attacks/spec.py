@@ -33,6 +33,9 @@ STEP_OF_EPSILON = 2.5
 KAPPAS = (1.0, 2.0, 4.0, 8.0, 16.0)
 OVERSHOOTS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 
+VERSIONS = {"deepfool": 2}
+"""Raised when an attack would give other images for the same settings; 1 where absent."""
+
 TAKES = {
     "noise": ("restarts",),
     "fgsm": (),
@@ -142,6 +145,11 @@ class AttackConfig(Described):
         if self.name == "deepfool":
             return tuple({"overshoot": value} for value in OVERSHOOTS if value > self.overshoot)
         return ()
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the attacked images: the settings, and the version of the code behind them."""
+        version = VERSIONS.get(self.name)
+        return self.describe() if version is None else {**self.describe(), "version": version}
 
     def with_epsilon(self, epsilon: float | None) -> "AttackConfig":
         """Return the attack at another radius; an explicit step size keeps its share of the radius."""

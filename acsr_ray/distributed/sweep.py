@@ -183,7 +183,7 @@ def _calibrate(
                     "calibrate",
                     list(loaded.digests),
                     digests[target.name],
-                    attack.attack.describe(),
+                    attack.attack.identity(),
                     attack.calibrate_to,
                     grid.seeds[0],
                 ]

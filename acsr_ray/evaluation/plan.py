@@ -158,7 +158,7 @@ def plan_units(
                                     "attack",
                                     chunk_digest,
                                     target_digests[source.name],
-                                    used.attack.describe(),
+                                    used.attack.identity(),
                                     used.knowledge if attack.adaptive else "bare",
                                     used.eot_samples if attack.adaptive else 1,
                                     count,
