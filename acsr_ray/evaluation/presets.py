@@ -601,7 +601,7 @@ def _adaptive(place: Place) -> Grid:
     bundle, stl = place.bundle_of(data), str(place.defense(data, "stl"))
     epsilon = 4 / 255
     pgd = AttackConfig(name="pgd", norm=norm, epsilon=epsilon, steps=20)
-    square = AttackConfig(name="square", norm=norm, epsilon=epsilon, queries=500 if place.small else 5000)
+    square = AttackConfig(name="square", norm=norm, epsilon=epsilon, queries=200 if place.small else 5000)
     everything = (
         "none",
         "ACSR 0.1",
@@ -635,7 +635,8 @@ def _adaptive(place: Place) -> Grid:
     return Grid(
         title="Adaptive attacks: what the attacker knows, CIFAR-10",
         caption=_size_caption(place) + "linf 4/255, PGD-20; Square with its query budget; BPDA and white-box "
-        "see target and defence. EOT over 4 draws where a defence is random.",
+        "see target and defence. EOT over 4 draws where a defence is random. Small: Square has 200 queries and "
+        "50 images, as have the white-box budgets.",
         layout="adaptive",
         data=(_data(data, place, 100),),
         targets=(
@@ -652,6 +653,7 @@ def _adaptive(place: Place) -> Grid:
                         "source": "ResNet-50" if knowledge == "transfer" else None,
                         "defenses": defenses,
                         "eot_samples": 4,
+                        "images": 50 if place.small and config.name == "square" else None,
                         "block": "linf 4/255",
                     }
                 )
@@ -668,7 +670,7 @@ def _adaptive(place: Place) -> Grid:
             _single("Gaussian 0.5", "gaussian", sigma=0.5),
             _single("JPEG 75", "jpeg", quality=75),
         ),
-        chunk=25,
+        chunk=50,
     )
 
 
