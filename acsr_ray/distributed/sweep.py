@@ -26,6 +26,7 @@ from pydantic import Field
 
 from acsr_ray.artifacts import atomic_write, write_json
 from acsr_ray.attacks.spec import AttackConfig
+from acsr_ray.attacks.torchattacks_adapter import resolve_options
 from acsr_ray.config import AcsrError, Device, JobSettings
 from acsr_ray.distributed.runtime import RaySettings, ResourceError, cluster_resources, ray_session
 from acsr_ray.evaluation.cells import (
@@ -41,7 +42,7 @@ from acsr_ray.evaluation.cells import (
 from acsr_ray.evaluation.defenses import defense_digest
 from acsr_ray.evaluation.extras import load_extra
 from acsr_ray.evaluation.grid import Grid, SweepAttack, SweepTarget, read_grid
-from acsr_ray.evaluation.layouts import write_results
+from acsr_ray.evaluation.layouts import Calibration, write_results
 from acsr_ray.evaluation.plan import EvaluationSet, Plan, load_set, plan_units, unit_chunk
 from acsr_ray.evaluation.presets import Variant, preset_grid
 from acsr_ray.evaluation.results import collect
@@ -82,9 +83,10 @@ class SweepAttacksSettings(JobSettings):
     images: int | None = Field(None, ge=1)
     """Test images per data set, in place of the preset's or grid's number."""
     output: Path
-    """Folder of results, and of units where there is no `cache`."""
+    """Folder of results, and of units where there is no `cache`; on storage that all nodes share."""
     cache: Path | None = None
-    """Folder of units (calibrations, attacked images, outcomes), to share them between sweeps."""
+    """Folder of units (calibrations, attacked images, outcomes), to share them between sweeps; on storage
+    that all nodes share, and used from one machine at a time."""
     device: Device = "auto"
     """Where units compute; auto takes the cluster's GPUs if there are any."""
     task_gpus: float = Field(0.25, gt=0, le=1)
@@ -113,7 +115,7 @@ def sweep_attacks(settings: SweepAttacksSettings) -> dict[str, Any]:
         targets = {entry.name: target_of(entry, "cpu").digest for entry in grid.targets}
         defenses = {entry.name: defense_digest(entry.config) for entry in grid.defenses}
         _check_attackable(grid)
-        budgets = _calibrate(runner, grid, sets, targets)
+        budgets, calibrations = _calibrate(runner, grid, sets, targets)
         plan = plan_units(grid, sets, targets, defenses, budgets)
         logger.info(
             "%d images, %d units of attack, %d of defence",
@@ -125,7 +127,7 @@ def sweep_attacks(settings: SweepAttacksSettings) -> dict[str, Any]:
     write_json(settings.output / "grid.json", grid.describe())
     results = collect(plan, sets, runner.cache)
     atomic_write(settings.output / "results.parquet", _parquet(results.table))
-    written = write_results(grid, sets, results, runner.cache, settings.output)
+    written = write_results(grid, sets, results, runner.cache, settings.output, calibrations)
     return {
         "units": len(plan.attacks) + len(plan.defends),
         "from the cache": runner.cached,
@@ -151,8 +153,10 @@ def _grid_of(settings: SweepAttacksSettings) -> Grid:
 
 
 def _check_attackable(grid: Grid) -> None:
-    """Raise `GridError` for an attack that its defence does not allow, before hours of other units."""
+    """Raise for an attack that is not there or that its defence does not allow, before hours of others."""
     for attack in grid.attacks:
+        if attack.attack.is_torchattacks:
+            resolve_options(attack.attack)
         for entry in grid.defenses:
             if attack.adaptive and (attack.defenses is None or entry.name in attack.defenses):
                 check_attackable(attack, defense_of(entry.config, "cpu"))
@@ -169,8 +173,8 @@ def _load_sets(grid: Grid) -> list[EvaluationSet]:
 
 def _calibrate(
     runner: "_Runner", grid: Grid, sets: Sequence[EvaluationSet], digests: Mapping[str, str]
-) -> dict[tuple[str, str, str], AttackConfig]:
-    """Return the calibrated attack of each (data, target, attack) that asks for it."""
+) -> tuple[dict[tuple[str, str, str], AttackConfig], list[Calibration]]:
+    """Return the calibrated attack of each (data, target, attack) that asks for it, and how that went."""
     wanted: dict[str, tuple[EvaluationSet, SweepTarget, SweepAttack]] = {}
     for loaded in sets:
         if loaded.split != "validation":
@@ -199,7 +203,7 @@ def _calibrate(
 
     paths = {key: runner.cache / "calibrations" / f"{key}.json" for key in wanted}
     runner.run("calibrations", list(wanted), paths.__getitem__, submit)
-    found = {}
+    found, outcomes = {}, []
     for key, (loaded, target, attack) in wanted.items():
         content = json.loads(paths[key].read_bytes())
         config = AttackConfig.from_description(content["attack"])
@@ -213,7 +217,18 @@ def _calibrate(
             content["note"],
         )
         found[loaded.data.name, target.name, attack.name] = config
-    return found
+        outcomes.append(
+            Calibration(
+                loaded.data.name,
+                target.name,
+                attack.name,
+                config.label,
+                content.get("wanted", float("nan")),
+                content["accuracy"],
+                content["note"],
+            )
+        )
+    return found, outcomes
 
 
 def _run_plan(runner: "_Runner", plan: Plan, sets: Sequence[EvaluationSet]) -> None:
@@ -268,8 +283,13 @@ class _Runner:
         on_gpu = settings.device == "cuda" or (settings.device == "auto" and gpus > 0)
         if on_gpu and not gpus:
             raise ResourceError("device is cuda, but the Ray cluster has no GPU")
+        if settings.task_cpus > total.get("CPU", 0.0):
+            raise ResourceError(
+                f"a unit asks for {settings.task_cpus:g} CPUs, the Ray cluster has {total.get('CPU', 0.0):g}"
+            )
         self.device = "cuda" if on_gpu else "cpu"
-        self.cache = settings.cache or settings.output
+        # Workers on other nodes have other working directories.
+        self.cache = (settings.cache or settings.output).resolve()
         for name in CACHED:
             _clear_leftovers(self.cache / name)
         self.threads = max(1, int(settings.task_cpus))
@@ -328,14 +348,21 @@ class _Runner:
             raise SweepError(f"{len(failed)} of {total} units of {what} failed: {reasons}")
 
 
+def _prepare(threads: int) -> None:
+    torch.set_num_threads(threads)
+    # A unit must not depend on whether a purifier, which switches TF32 off, ran in its process before.
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def _calibrate_task(
     chunk: Chunk, entry: SweepAttack, target: SweepTarget, seed: int, device: str, threads: int
 ) -> bytes:
-    torch.set_num_threads(threads)
+    _prepare(threads)
     assert entry.calibrate_to is not None  # chosen by the caller
-    found = calibrate_unit(chunk, entry.attack, entry.calibrate_to, target, seed=seed, device=device)
+    found, wanted = calibrate_unit(chunk, entry.attack, entry.calibrate_to, target, seed=seed, device=device)
     content = {
         "attack": found.config.describe(),
+        "wanted": wanted,
         "accuracy": found.accuracy,
         "note": found.note,
         "evaluations": [[step.epsilon, step.accuracy] for step in found.evaluations],
@@ -353,7 +380,7 @@ def _attack_task(
     device: str,
     threads: int,
 ) -> bytes:
-    torch.set_num_threads(threads)
+    _prepare(threads)
     table = attack_unit(chunk.head(count), entry, crafted_on, defense, seed=seed, device=device)
     return _parquet(table)
 
@@ -367,7 +394,7 @@ def _defend_task(
     device: str,
     threads: int,
 ) -> bytes:
-    torch.set_num_threads(threads)
+    _prepare(threads)
     table = None if attacked is None else pq.read_table(attacked)
     return _parquet(defend_unit(chunk.head(count), table, target, defense, device=device))
 

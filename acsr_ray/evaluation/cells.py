@@ -4,6 +4,7 @@ A unit is a pure function of its inputs, which its fingerprint names; it gives a
 image. Attacked images are stored as 8-bit PNG, so what defences see is what a corpus would hold.
 """
 
+import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -112,9 +113,9 @@ def attack_unit(
     labels = torch.from_numpy(chunk.labels).to(device)
     keys = torch.from_numpy(chunk.keys).to(device)
     built = None if defense is None else defense_of(defense, device)
-    started = time.perf_counter()
+    started = _clock(device)
     attacked, seen = craft(entry, classify, built, images, labels, keys, seed)
-    seconds = (time.perf_counter() - started) / max(1, len(chunk))
+    seconds = (_clock(device) - started) / max(1, len(chunk))
     with torch.no_grad():
         floats = torch.cat([seen(part).argmax(1) for part in attacked.unrounded.split(DEFENCE_BATCH)])
     norms = perturbation_norms(attacked.rounded.cpu(), images.cpu())
@@ -148,23 +149,25 @@ def craft(
     if defense is None:
         return run_attack(entry.attack, classify, images, labels, seed=seed, keys=keys), classify
     pipeline = _pipeline(entry, classify, defense, seed)
+    # Judged by the defence's own random numbers, not by those that the attacker tried.
+    actual: Model = partial(defense.logits, classify)
     if entry.knowledge == "selection":
         purifier = _chooser(entry, defense).purifier
         scale = float(purifier.gaussians.mean.shape[1])
         logits = SelectionLogits(lambda x: selection_distances(purifier, x), scale)
         with torch.no_grad():
             own = logits(images).argmax(1)
-        return run_attack(entry.attack, logits, images, own, seed=seed, keys=keys), pipeline
+        return run_attack(entry.attack, logits, images, own, seed=seed, keys=keys), actual
     if entry.knowledge == "low_frequency":
         # The band that the split passes on untouched.
         attacked = attack_low_frequency(
             entry.attack, pipeline, images, labels, low_band, seed=seed, keys=keys
         )
-        return attacked, pipeline
+        return attacked, actual
     model = pipeline
     if entry.knowledge == "white_box_fixed":
         model = EndToEnd(_fixed_dictionaries(_chooser(entry, defense), images), classify)
-    return run_attack(entry.attack, model, images, labels, seed=seed, keys=keys), pipeline
+    return run_attack(entry.attack, model, images, labels, seed=seed, keys=keys), actual
 
 
 def low_band(images: Tensor) -> Tensor:
@@ -204,10 +207,16 @@ def _pipeline(entry: SweepAttack, classify: Model, defense: Defense, seed: int) 
         # `logits`, because an ensemble is more than the one image that it returns.
         return Bpda(used, classify) if straight_through else partial(used.logits, classify)
 
-    if defense.randomized and entry.eot_samples > 1:
-        # From 1, as the defence itself may have the sweep's seed, which the attacker must not share.
-        return Eot(lambda draw: wrap(defense.with_seed(seed * 1_000_003 + draw + 1)), entry.eot_samples)
-    return wrap(defense)
+    if not defense.randomized:
+        return wrap(defense)
+    # The attacker knows the defence, but not the numbers it will draw.
+    return Eot(lambda draw: wrap(defense.with_seed(_foreign_seed(defense, seed, draw))), entry.eot_samples)
+
+
+def _foreign_seed(defense: Defense, seed: int, draw: int) -> int:
+    """Return a seed that is not the defence's own."""
+    digest = hashlib.blake2b(f"{defense.seed} {seed} {draw}".encode(), digest_size=7).digest()
+    return int.from_bytes(digest)
 
 
 def check_attackable(entry: SweepAttack, defense: Defense) -> None:
@@ -259,14 +268,14 @@ def defend_unit(
             seen.append(round_to_pixels(x))
             return classify(seen[-1])
 
-        started = time.perf_counter()
+        started = _clock(device)
         with torch.no_grad():
             logits = built.logits(stored, part)
-        seconds += time.perf_counter() - started
+        seconds += _clock(device) - started
         probabilities.append(logits.softmax(1).cpu())
         # An ensemble shows the classifier many images, none of which is the defended one.
         single = len(seen) == 1 and seen[0].shape == part.shape
-        defended.append((seen[0] if single else part).cpu())
+        defended.append((seen[0] if single else torch.full_like(part, torch.nan)).cpu())
     shares = torch.cat(probabilities)
     shown = torch.cat(defended)
     return pa.table(
@@ -285,15 +294,26 @@ def defend_unit(
 
 def calibrate_unit(
     chunk: Chunk, attack: AttackConfig, ratio: float, target: SweepTarget, *, seed: int, device: str
-) -> Calibrated:
-    """Choose the budget at which the bare target keeps a share of its clean accuracy (METHOD, B0)."""
+) -> tuple[Calibrated, float]:
+    """Choose the budget at which the bare target keeps a share of its clean accuracy (METHOD, B0).
+
+    Returns:
+        The calibrated attack and the accuracy that was wanted.
+    """
     classify = target_of(target, device).model
     images = torch.from_numpy(to_unit_range(chunk.pixels)).to(device)
     labels = torch.from_numpy(chunk.labels).to(device)
     with torch.no_grad():
         parts = [classify(part) for part in images.split(DEFENCE_BATCH)]
         clean = (torch.cat(parts).argmax(1) == labels).float().mean().item()
-    return calibrate(attack, classify, images, labels, ratio * clean, seed=seed)
+    return calibrate(attack, classify, images, labels, ratio * clean, seed=seed), ratio * clean
+
+
+def _clock(device: str) -> float:
+    """Return the time in seconds when all that was asked of the device is done."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def stored_pixels(attacked: pa.Table) -> Pixels:

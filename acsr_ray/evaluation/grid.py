@@ -34,8 +34,8 @@ class EvaluationData(Described):
     """Labelled Parquet shards or folders of them."""
     validation: tuple[str, ...] = ()
     """Labelled shards for calibration and for choosing strengths; never the test split."""
-    image_size: int = Field(32, ge=8)
-    """Side in pixels to which images are brought."""
+    image_size: int = Field(32, ge=11)
+    """Side in pixels to which images are brought; SSIM needs 11."""
     images: int | None = Field(None, ge=1)
     """Test images, drawn with the seed of the grid; None takes the whole split."""
     validation_images: int = Field(500, ge=1)

@@ -130,6 +130,9 @@ def plan_units(
     attacks: dict[str, AttackUnit] = {}
     defends: list[DefendUnit] = []
     for set_index, loaded in enumerate(sets):
+        if loaded.split != "test" and not grid.choose:
+            # Calibration reads the split itself; nobody would read these cells.
+            continue
         targets, defenses = grid.targets_of(loaded.data.name), grid.defenses_of(loaded.data.name)
         for chunk_index, chunk_digest in enumerate(loaded.digests):
             for target in targets:

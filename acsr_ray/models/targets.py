@@ -23,6 +23,7 @@ from acsr_ray.artifacts import (
     begin_artifact,
     file_digest,
     finish_artifact,
+    json_digest,
     load_artifact,
     load_tensors,
     save_tensors,
@@ -248,7 +249,7 @@ def _from_safetensors(path: Path, config: TargetConfig | None) -> Target:
     if not any(name.startswith("network.") for name in weights) and isinstance(model, Normalized):
         weights = {f"network.{name}": tensor for name, tensor in weights.items()}
     _load_all(model, weights, path)
-    return Target(model, (), file_digest(path), config.image_size)
+    return Target(model, (), _file_target_digest(path, config), config.image_size)
 
 
 def _load_all(model: nn.Module, weights: Mapping[str, Tensor], origin: Path) -> None:
@@ -266,7 +267,12 @@ def _from_torchscript(path: Path, config: TargetConfig | None) -> Target:
             f"{path} is not a readable TorchScript file (a state dict belongs in .safetensors): {error}"
         ) from error
     model = script if config is None else Normalized(script, config.mean, config.std)
-    return Target(model, (), file_digest(path), config.image_size if config else None)
+    return Target(model, (), _file_target_digest(path, config), config.image_size if config else None)
+
+
+def _file_target_digest(path: Path, config: TargetConfig | None) -> str:
+    """Return what names a file's function: its bytes, and what is put around them."""
+    return json_digest([file_digest(path), config.describe() if config else None])
 
 
 FILE_LOADERS: Mapping[str, Callable[[Path, TargetConfig | None], Target]] = {

@@ -375,17 +375,21 @@ def test_ensembles_average_the_probabilities_of_their_members(setup):
         np.stack(outcome["probabilities"].to_pylist()), torch.stack(shown).mean(0), atol=1e-5
     )
     # No single image was defended, so none is compared.
-    assert np.isinf(outcome["psnr"].to_numpy()).all()
+    assert np.isnan(outcome["psnr"].to_numpy()).all()
+    assert np.isnan(outcome["ssim"].to_numpy()).all()
 
 
 def test_calibration_finds_the_share_of_clean_accuracy(setup):
     entry = SweepAttack.model_validate({"name": "x", "attack": {"name": "noise", "epsilon": 0.001}})
-    found = calibrate_unit(setup.chunk, entry.attack, 0.5, setup.target, seed=0, device="cpu")
+    found, wanted = calibrate_unit(setup.chunk, entry.attack, 0.5, setup.target, seed=0, device="cpu")
     attacked = run_attack(found.config, setup.classify, setup.images, setup.labels, seed=0)
     with torch.no_grad():
         kept = (setup.classify(attacked.rounded).argmax(1) == setup.labels).float().mean().item()
     assert kept == pytest.approx(found.accuracy)
     assert abs(kept - 0.5) <= 1.5 / COUNT
+    with torch.no_grad():
+        clean = (setup.classify(setup.images).argmax(1) == setup.labels).float().mean().item()
+    assert wanted == pytest.approx(0.5 * clean)
 
 
 def test_fingerprints_tell_contents_apart_and_not_the_order_of_keys():

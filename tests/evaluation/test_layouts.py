@@ -9,18 +9,19 @@ import pytest
 
 from acsr_ray.corpus.images import encode_png
 from acsr_ray.evaluation.cells import Chunk
+from acsr_ray.evaluation.checks import scene_warnings, unmade_checks
 from acsr_ray.evaluation.grid import Grid
-from acsr_ray.evaluation.layouts import (
-    LAYOUTS,
-    Scene,
+from acsr_ray.evaluation.layouts import LAYOUTS, Calibration, write_results
+from acsr_ray.evaluation.plan import EvaluationSet
+from acsr_ray.evaluation.results import Results
+from acsr_ray.evaluation.scenes import Scene
+from acsr_ray.evaluation.summaries import (
+    accuracy_table,
     attack_table,
     choose_strengths,
     equal_clean_table,
-    scene_warnings,
-    write_results,
+    interpolated_table,
 )
-from acsr_ray.evaluation.plan import EvaluationSet
-from acsr_ray.evaluation.results import Results
 
 IMAGES, SIDE = 200, 16
 
@@ -174,10 +175,14 @@ def test_a_layout_writes_tables_figures_and_the_report(layout, tmp_path, smooth_
             assert (tmp_path / "out" / "tables" / f"{stem}.{suffix}").stat().st_size > 0
     # Every table of the page is a file of its own.
     assert page.count("<table>") == len(tables)
-    figures = (
-        list((tmp_path / "out" / "figures").glob("*.png")) if layout not in ("targets", "panels") else []
-    )
+    pictures = list((tmp_path / "out" / "figures").glob("*.png"))
+    figures = [path for path in pictures if not path.name.startswith("panel-")]
     assert page.count('class="figure"') == len(figures)
+    assert page.count('class="panel"') == len(pictures) - len(figures)
+    # A figure has one name in both formats.
+    assert {path.stem for path in figures} == {
+        path.stem for path in (tmp_path / "out" / "figures").glob("*.svg")
+    }
     assert bool(figures) == (layout not in ("targets", "panels"))
     for path in figures:
         assert path.read_bytes().startswith(b"\x89PNG")
@@ -342,3 +347,55 @@ def test_the_report_shows_its_warnings(tmp_path, smooth_pixels):
     quiet = write_results(grid, sets, results_of(grid, {"clean": 0.9, "noise": 0.9}), tmp_path, tmp_path)
     assert quiet.warnings == ()
     assert 'class="warnings"' not in quiet.report.read_text()
+
+
+def test_interpolation_begins_at_no_defence():
+    accuracies = {
+        ("clean", "none"): 0.90,
+        ("clean", "ACSR .5"): 0.88,
+        ("clean", "ACSR .8"): 0.80,
+        ("clean", "blur"): 0.89,
+        ("PGD", "none"): 0.10,
+        ("PGD", "ACSR .5"): 0.30,
+        ("PGD", "ACSR .8"): 0.70,
+        ("PGD", "blur"): 0.20,
+    }
+    scene = scene_of(grid_of([pgd("PGD", 4)]), accuracies)
+    # Half way from nothing to the weaker, and half way between the two strengths.
+    assert column(interpolated_table(scene, 0.01), "PGD") == {"ACSR": "20.0", "blur": "20.0"}
+    assert column(interpolated_table(scene, 0.06), "PGD") == {"ACSR": "50.0"}
+    assert interpolated_table(scene, 0.5).rows == ()
+
+
+def test_fewer_images_are_said_in_the_column():
+    grid = grid_of([pgd("PGD", 4, images=50), pgd("other", 8)])
+    table = accuracy_table([scene_of(grid, {})], grid.attacks, "t")
+    assert table.header == ("defence", "clean", "PGD (first 50 images)", "other")
+    assert "By hand." in table.caption
+
+
+def test_a_missed_calibration_is_a_warning_and_a_row(tmp_path, smooth_pixels):
+    grid = grid_of([pgd("PGD", 4)])
+    sets = sets_of(grid, tmp_path / "cache", smooth_pixels(10, SIDE, SIDE, 0))
+    calibrations = [
+        Calibration("toys", "net", "DF", "DeepFool l2rel .08", 0.16, 0.16, ""),
+        Calibration("toys", "net", "CW", "CW l2rel .08", 0.09, 0.4, "unbounded, the attack is too weak"),
+    ]
+    out = tmp_path / "out"
+    written = write_results(grid, sets, results_of(grid, {}), tmp_path / "cache", out, calibrations)
+    assert [warning.message for warning in written.warnings if warning.name == "calibration"] == [
+        "toys, net, CW: wanted 9.0 %, the nearest is 40.0 % at CW l2rel .08: unbounded, the attack is too weak"
+    ]
+    (path,) = (out / "tables").glob("calibrated*.csv")
+    with path.open() as file:
+        rows = list(csv.reader(file))
+    assert [row[-1] for row in rows[1:]] == ["reached", "unbounded, the attack is too weak"]
+
+
+def test_checks_that_could_not_be_made_are_named():
+    grid = grid_of([pgd("PGD", 4)])
+    (text,) = unmade_checks([scene_of(grid, {})])
+    for missing in ("no noise", "fewer than two budgets", "no Square"):
+        assert missing in text
+    whole = grid_of([NOISE, SQUARE, *WHITE])
+    assert unmade_checks([scene_of(whole, {})]) == ()

@@ -39,6 +39,7 @@ CONTENT = {
         {"name": "JPEG", "config": {"name": "jpeg"}},
     ],
     "chunk": CHUNK,
+    "choose": True,
 }
 TARGETS = {"net": "digest of net", "lender": "digest of lender"}
 DEFENSES = {"none": "d-none", "blur": "d-blur", "JPEG": "d-jpeg"}
@@ -123,6 +124,15 @@ def with_attack(index, **changes):
     return attacks
 
 
+def test_validation_is_planned_only_where_strengths_are_chosen_on_it(shards):
+    content = shards()
+    splits = {}
+    for choose in (True, False):
+        plan, sets = plan_of(grid_of(content, choose=choose))
+        splits[choose] = {sets[unit.set_index].split for unit in plan.defends}
+    assert splits == {True: {"test", "validation"}, False: {"test"}}
+
+
 def test_the_plan_holds_every_cell_once(shards):
     plan, _ = plan_of(grid_of(shards()))
     keys = defend_keys(plan)
@@ -175,7 +185,6 @@ def test_same_inputs_same_units_and_words_change_nothing(shards):
         "title": "Other",
         "caption": "words",
         "clean_loss": [0.5],
-        "choose": True,
         "reference": "JPEG",
         "layout": "targets",
         "attacks": renamed,

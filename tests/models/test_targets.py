@@ -226,7 +226,10 @@ def test_safetensors_with_and_without_the_prefix(model, tmp_path, prefixed):
     target = load_target(str(path), config=CONFIG)
     _check_loaded(target, model)
     assert (target.class_names, target.image_size) == ((), 16)
-    assert target.digest == file_digest(path)
+    # Another normalisation is another function of the same bytes.
+    other = load_target(str(path), config=CONFIG.model_copy(update={"std": (0.5, 0.5, 0.5)}))
+    assert target.digest not in (file_digest(path), other.digest)
+    assert target.digest == load_target(str(path), config=CONFIG).digest
 
 
 def test_safetensors_of_a_network_without_a_prefix_layer(tmp_path):
@@ -250,7 +253,8 @@ def test_torchscript_brings_its_own_normalisation_unless_a_config_says_otherwise
     torch.jit.trace(model, _images()).save(str(whole))
     target = load_target(str(whole))
     _check_loaded(target, model)
-    assert (target.class_names, target.image_size, target.digest) == ((), None, file_digest(whole))
+    assert (target.class_names, target.image_size) == ((), None)
+    assert target.digest != load_target(str(whole), config=CONFIG).digest
     _check_loaded(load_target(str(bare)), model.network)
     normalised = load_target(str(bare), config=CONFIG)
     _check_loaded(normalised, model)
