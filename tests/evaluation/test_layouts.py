@@ -384,7 +384,8 @@ def test_a_missed_calibration_is_a_warning_and_a_row(tmp_path, smooth_pixels):
     out = tmp_path / "out"
     written = write_results(grid, sets, results_of(grid, {}), tmp_path / "cache", out, calibrations)
     assert [warning.message for warning in written.warnings if warning.name == "calibration"] == [
-        "toys, net, CW: wanted 9.0 %, the nearest is 40.0 % at CW l2rel .08: unbounded, the attack is too weak"
+        "toys, net, CW: wanted 9.0 %, the nearest is 40.0 % at CW l2rel .08: "
+        "unbounded, the attack is too weak"
     ]
     (path,) = (out / "tables").glob("calibrated*.csv")
     with path.open() as file:

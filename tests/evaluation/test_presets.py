@@ -10,7 +10,8 @@ import pytest
 from acsr_ray.cli import ENTRY_POINTS
 from acsr_ray.config import parse_job
 from acsr_ray.evaluation.grid import Grid, GridError
-from acsr_ray.evaluation.presets import PRESETS, Place, find_splits, needed_artifacts, preset_grid
+from acsr_ray.evaluation.presets import PRESETS, preset_grid
+from acsr_ray.evaluation.recipes import Place, find_splits, needed_artifacts
 
 ROOT = Path(__file__).parents[2]
 VARIANTS = ("small", "full")
