@@ -160,24 +160,31 @@ def test_a_new_defence_reuses_the_attacks_of_a_shared_cache(swept, parts, tmp_pa
 
 def test_failing_units_are_named_and_the_others_are_kept(parts, tmp_path, ray_local):
     _, content = parts
-    # JPEG has no gradient, which only the unit finds out; Square needs none.
     defenses = [defense for defense in content["defenses"] if defense["name"] != "ACSR"]
-    attacks = [
-        {"name": "PGD", "attack": PGD},
-        {"name": "white-box", "attack": PGD, "knowledge": "white_box"},
-    ]
+    # Only the unit finds out that torchattacks cannot count to "many".
+    broken = {"name": "torchattacks.PGD", "epsilon": PGD["epsilon"], "options": {"steps": "many"}}
+    attacks = [{"name": "PGD", "attack": PGD}, {"name": "broken", "attack": broken}]
     changes = {"defenses": defenses, "choose": False, "reference": None}
     run = settings(parts, tmp_path, "failing.yaml", attacks=attacks, **changes)
-    with pytest.raises(SweepError, match=r"4 of 12 units of attacks failed.*white-box: Jpeg has no gradient"):
+    with pytest.raises(SweepError, match=r"4 of 8 units of attacks failed: .*integer"):
         sweep_attacks(run)
     kept = {path: path.stat().st_mtime_ns for path in unit_files(tmp_path)}
-    assert len(kept) == 8
+    assert len(kept) == 4
     assert not (tmp_path / "results.parquet").exists()
 
-    attacks[1]["defenses"] = ["none"]
-    summary = sweep_attacks(settings(parts, tmp_path, "mended.yaml", attacks=attacks, **changes))
-    assert summary["from the cache"] == 8
+    summary = sweep_attacks(settings(parts, tmp_path, "mended.yaml", attacks=attacks[:1], **changes))
+    assert summary["from the cache"] == 4
     assert kept.items() <= {path: path.stat().st_mtime_ns for path in unit_files(tmp_path)}.items()
+
+
+def test_what_cannot_work_is_refused_before_any_unit(parts, tmp_path, ray_local):
+    white = {"name": "white-box", "attack": PGD, "knowledge": "white_box"}
+    unknown = {"name": "x", "attack": {"name": "torchattacks.PGDD", "epsilon": PGD["epsilon"]}}
+    for attack, message in ((white, "white-box: Jpeg has no gradient"), (unknown, "PGDD")):
+        run = settings(parts, tmp_path, "refused.yaml", attacks=[attack], choose=False, reference=None)
+        with pytest.raises(AcsrError, match=message):
+            sweep_attacks(run)
+    assert unit_files(tmp_path) == set()
 
 
 @pytest.mark.parametrize("given", [{}, {"grid": Path("x.yaml"), "table": "3"}, {"table": "3", "figure": "2"}])
