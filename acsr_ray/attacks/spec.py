@@ -33,7 +33,7 @@ STEP_OF_EPSILON = 2.5
 KAPPAS = (1.0, 2.0, 4.0, 8.0, 16.0)
 OVERSHOOTS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 
-VERSIONS = {"deepfool": 2}
+VERSIONS = {"deepfool": 3}
 """Raised when an attack would give other images for the same settings; 1 where absent."""
 
 TAKES = {
@@ -82,7 +82,7 @@ class AttackConfig(Described):
     overshoot: float = Field(0.02, ge=0)
     """deepfool: share by which the perturbation goes beyond the linearised boundary."""
     classes: int | None = Field(None, ge=1)
-    """deepfool: rival classes that are looked at, by logit; None: the 5 best."""
+    """deepfool: rival classes that are looked at, by logit; None: the 3 best."""
     queries: int = Field(5000, ge=1)
     """square: model queries per image."""
     options: dict[str, Any] = Field(default_factory=dict)
