@@ -8,7 +8,7 @@ from acsr_ray.attacks.subset import subset_model
 
 FLOOR = 1e-12
 DEFAULT_RIVALS = 3
-"""Rivals looked at: on CIFAR networks the norms are about 1 % above those of all nine, in half of the time."""
+"""Rivals looked at: on CIFAR networks the norms are about 1 % above those of all nine, in half the time."""
 FOLLOWED = 1
 """Rivals followed between two looks at all of them: the nearest at the last look mostly stays the nearest."""
 LOOK_EVERY = 4
