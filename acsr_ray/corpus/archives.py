@@ -91,12 +91,13 @@ def prepare_corpus(settings: PrepareCorpusSettings) -> dict[str, Any]:
         samples = _find_samples(settings, staging / "source")
         summary = _write_splits(settings, samples, staging)
         staging.replace(output)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        for parent in missing:
-            if parent.exists():
-                parent.rmdir()
-        raise
+    finally:
+        # Whatever ended it: what is not published leaves nothing behind, the folders above it included.
+        if not output.exists() or staging.exists():
+            shutil.rmtree(staging, ignore_errors=True)
+            for parent in missing:
+                if parent.exists() and not any(parent.iterdir()):
+                    parent.rmdir()
     return {**summary, "output": str(output)}
 
 

@@ -12,11 +12,10 @@ Files are published atomically, so a killed sweep goes on where it stopped, and 
 import io
 import json
 import logging
-import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,8 +26,9 @@ from pydantic import Field
 from acsr_ray.artifacts import atomic_write, write_json
 from acsr_ray.attacks.spec import AttackConfig
 from acsr_ray.attacks.torchattacks_adapter import resolve_options
-from acsr_ray.config import AcsrError, Device, JobSettings
-from acsr_ray.distributed.runtime import RaySettings, ResourceError, cluster_resources, ray_session
+from acsr_ray.config import Device, JobSettings
+from acsr_ray.distributed.runtime import RaySettings, ray_session
+from acsr_ray.distributed.unit_runner import SweepError, UnitRunner
 from acsr_ray.evaluation.cells import (
     Chunk,
     attack_unit,
@@ -50,17 +50,8 @@ from acsr_ray.evaluation.results import collect
 
 logger = logging.getLogger(__name__)
 
-PROGRESS_SECONDS = 10.0
-MAX_RETRIES = 3
-SHOWN_FAILURES = 3
 CACHED = ("calibrations", "adversarial", "outcomes")
 REPORT_LIBRARIES = ("skimage.metrics", "matplotlib.figure")
-
-Unit = TypeVar("Unit")
-
-
-class SweepError(AcsrError, RuntimeError):
-    """Some units failed; what finished is kept, and the same command goes on from there."""
 
 
 class SweepAttacksSettings(JobSettings):
@@ -111,7 +102,13 @@ def sweep_attacks(settings: SweepAttacksSettings) -> dict[str, Any]:
     grid = _grid_of(settings)
     started = time.perf_counter()
     with ray_session(settings.ray):
-        runner = _Runner(settings)
+        runner = UnitRunner(
+            settings.cache or settings.output,
+            settings.device,
+            task_cpus=settings.task_cpus,
+            task_gpus=settings.task_gpus,
+            folders=CACHED,
+        )
         sets = _load_sets(grid)
         targets = {entry.name: target_of(entry, "cpu").digest for entry in grid.targets}
         defenses = {entry.name: defense_digest(entry.config) for entry in grid.defenses}
@@ -173,7 +170,7 @@ def _load_sets(grid: Grid) -> list[EvaluationSet]:
 
 
 def _calibrate(
-    runner: "_Runner", grid: Grid, sets: Sequence[EvaluationSet], digests: Mapping[str, str]
+    runner: UnitRunner, grid: Grid, sets: Sequence[EvaluationSet], digests: Mapping[str, str]
 ) -> tuple[dict[tuple[str, str, str], AttackConfig], list[Calibration]]:
     """Return the calibrated attack of each (data, target, attack) that asks for it, and how that went."""
     wanted: dict[str, tuple[EvaluationSet, SweepTarget, SweepAttack]] = {}
@@ -232,7 +229,7 @@ def _calibrate(
     return found, outcomes
 
 
-def _run_plan(runner: "_Runner", plan: Plan, sets: Sequence[EvaluationSet]) -> None:
+def _run_plan(runner: UnitRunner, plan: Plan, sets: Sequence[EvaluationSet]) -> None:
     chunks = [[ray.put(chunk) for chunk in loaded.chunks] for loaded in sets]
     attacks = {unit.fingerprint: unit for unit in plan.attacks}
     defends = {unit.fingerprint: unit for unit in plan.defends}
@@ -273,80 +270,6 @@ def _run_plan(runner: "_Runner", plan: Plan, sets: Sequence[EvaluationSet]) -> N
 def _expected_cost(entry: SweepAttack) -> int:
     steps = entry.attack.queries if entry.attack.name == "square" else entry.attack.num_steps
     return steps * (20 if entry.adaptive else 1) * entry.eot_samples
-
-
-class _Runner:
-    """Runs named units as Ray tasks, a bounded number at a time, and publishes each result as one file."""
-
-    def __init__(self, settings: SweepAttacksSettings) -> None:
-        total = cluster_resources()
-        gpus = total.get("GPU", 0.0)
-        on_gpu = settings.device == "cuda" or (settings.device == "auto" and gpus > 0)
-        if on_gpu and not gpus:
-            raise ResourceError("device is cuda, but the Ray cluster has no GPU")
-        if settings.task_cpus > total.get("CPU", 0.0):
-            raise ResourceError(
-                f"a unit asks for {settings.task_cpus:g} CPUs, the Ray cluster has {total.get('CPU', 0.0):g}"
-            )
-        self.device = "cuda" if on_gpu else "cpu"
-        # Workers on other nodes have other working directories.
-        self.cache = (settings.cache or settings.output).resolve()
-        for name in CACHED:
-            _clear_leftovers(self.cache / name)
-        self.threads = max(1, int(settings.task_cpus))
-        self.cached = 0
-        self._tasks: dict[Callable[..., Any], Any] = {}
-        self._cpus = settings.task_cpus
-        self._gpus = settings.task_gpus if on_gpu else 0.0
-        slots = gpus / settings.task_gpus if on_gpu else total.get("CPU", 1.0) / settings.task_cpus
-        # One more per slot waits, so that no slot stands idle while the driver writes.
-        self._in_flight = max(2, 2 * int(slots))
-
-    def task(self, body: Callable[..., Any]) -> Any:  # noqa: ANN401  (ray's remote functions have no type)
-        """Return a function as a Ray task with the unit's resources."""
-        # Once per function: Ray ships every remote function to every worker.
-        if body not in self._tasks:
-            options = {"num_cpus": self._cpus, "num_gpus": self._gpus, "max_retries": MAX_RETRIES}
-            self._tasks[body] = ray.remote(body).options(**options)
-        return self._tasks[body]
-
-    def run(
-        self,
-        what: str,
-        keys: Sequence[str],
-        path_of: Callable[[str], Path],
-        submit: Callable[[str], "ray.ObjectRef[Any]"],
-    ) -> None:
-        """Run every unit whose file is not there; `SweepError` after the last one if some failed."""
-        waiting = [key for key in dict.fromkeys(keys) if not path_of(key).exists()]
-        cached = len(set(keys)) - len(waiting)
-        self.cached += cached
-        if not keys:
-            return
-        logger.info("%s: %d units, %d from the cache", what, len(set(keys)), cached)
-        total = len(waiting)
-        running: dict[ray.ObjectRef[Any], str] = {}
-        failed: list[str] = []
-        started = reported = time.monotonic()
-        while waiting or running:
-            while waiting and len(running) < self._in_flight:
-                key = waiting.pop(0)
-                running[submit(key)] = key
-            (done,), _ = ray.wait(list(running), num_returns=1)
-            key = running.pop(done)
-            try:
-                atomic_write(path_of(key), ray.get(done))
-            except ray.exceptions.RayError as error:
-                failed.append(str(error).strip().splitlines()[-1])
-                logger.warning("%s: unit %s failed: %s", what, key, failed[-1])
-            if time.monotonic() - reported > PROGRESS_SECONDS:
-                reported = time.monotonic()
-                finished = total - len(waiting) - len(running)
-                left = (reported - started) / finished * (total - finished)
-                logger.info("%s: %d of %d, about %.0f min left", what, finished, total, left / 60 + 0.5)
-        if failed:
-            reasons = "; ".join(sorted(set(failed))[:SHOWN_FAILURES])
-            raise SweepError(f"{len(failed)} of {total} units of {what} failed: {reasons}")
 
 
 def _prepare(threads: int) -> None:
@@ -398,20 +321,6 @@ def _defend_task(
     _prepare(threads)
     table = None if attacked is None else pq.read_table(attacked)
     return _parquet(defend_unit(chunk.head(count), table, target, defense, device=device))
-
-
-def _clear_leftovers(folder: Path) -> None:
-    """Remove what writers that were killed had begun; another sweep may be writing here now."""
-    for path in folder.glob(".*.tmp"):
-        writer = path.name.split(".")[-2]
-        if not writer.isdecimal():
-            continue
-        try:
-            os.kill(int(writer), 0)
-        except ProcessLookupError:
-            path.unlink(missing_ok=True)
-        except OSError:
-            continue  # it lives, as another user
 
 
 def _parquet(table: pa.Table) -> bytes:

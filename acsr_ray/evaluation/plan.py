@@ -6,7 +6,7 @@ makes other units and leaves the rest in the cache.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -133,50 +133,64 @@ def plan_units(
         if loaded.split != "test" and not grid.choose:
             # Calibration reads the split itself; nobody would read these cells.
             continue
-        targets, defenses = grid.targets_of(loaded.data.name), grid.defenses_of(loaded.data.name)
-        for chunk_index, chunk_digest in enumerate(loaded.digests):
-            for target in targets:
-                base = (chunk_digest, target_digests[target.name])
+        defenses = grid.defenses_of(loaded.data.name)
+        for chunk_index, digest in enumerate(loaded.digests):
+            for target in grid.targets_of(loaded.data.name):
+                base = (digest, target_digests[target.name])
                 for defense in defenses:
                     name = fingerprint(["clean", *base, defense_digests[defense.name]])
                     defends.append(
                         DefendUnit(name, set_index, chunk_index, target, None, defense, grid.seeds[0], None)
                     )
-                if loaded.split != "test":
-                    continue
-                for attack in grid.attacks:
-                    count = _limited(attack, loaded.chunks[chunk_index])
-                    if count == 0:
-                        continue
+                for attack in grid.attacks if loaded.split == "test" else ():
                     calibrated = budgets.get((loaded.data.name, target.name, attack.name), attack.attack)
                     used = attack.model_copy(update={"attack": calibrated})
                     source = _named(grid.targets, attack.source) if attack.source else target
-                    for seed in grid.seeds if used.random else grid.seeds[:1]:
-                        for defense in defenses:
-                            if attack.defenses is not None and defense.name not in attack.defenses:
-                                continue
-                            seen = defense if attack.adaptive else None
-                            key = fingerprint(
-                                [
-                                    "attack",
-                                    chunk_digest,
-                                    target_digests[source.name],
-                                    used.attack.identity(),
-                                    used.knowledge if attack.adaptive else "bare",
-                                    used.eot_samples if attack.adaptive else 1,
-                                    count,
-                                    defense_digests[seen.name] if seen else None,
-                                    seed,
-                                ]
-                            )
-                            attacks.setdefault(
-                                key, AttackUnit(key, set_index, chunk_index, used, source, seen, seed)
-                            )
-                            name = fingerprint(["defend", key, *base, defense_digests[defense.name]])
-                            defends.append(
-                                DefendUnit(name, set_index, chunk_index, target, used, defense, seed, key)
-                            )
+                    crafted = (digest, target_digests[source.name])
+                    count = _limited(attack, loaded.chunks[chunk_index])
+                    for seed, defense in _met(used, count, grid.seeds, defenses):
+                        seen = defense if attack.adaptive else None
+                        key = _attack_key(
+                            used, crafted, count, defense_digests[seen.name] if seen else None, seed
+                        )
+                        attacks.setdefault(
+                            key, AttackUnit(key, set_index, chunk_index, used, source, seen, seed)
+                        )
+                        name = fingerprint(["defend", key, *base, defense_digests[defense.name]])
+                        defends.append(
+                            DefendUnit(name, set_index, chunk_index, target, used, defense, seed, key)
+                        )
     return Plan(tuple(attacks.values()), tuple(defends))
+
+
+def _met(
+    attack: SweepAttack, count: int | None, seeds: Sequence[int], defenses: Sequence[SweepDefense]
+) -> Iterator[tuple[int, SweepDefense]]:
+    """Yield the seeds and defences that an attack meets on a chunk of which it takes `count` images."""
+    if count == 0:
+        return
+    for seed in seeds if attack.random else seeds[:1]:
+        for defense in defenses:
+            if attack.defenses is None or defense.name in attack.defenses:
+                yield seed, defense
+
+
+def _attack_key(
+    attack: SweepAttack, crafted: tuple[str, str], count: int | None, seen: str | None, seed: int
+) -> str:
+    """Return the fingerprint of an attack on a (chunk, target); `seen` is the digest of a defence it sees."""
+    return fingerprint(
+        [
+            "attack",
+            *crafted,
+            attack.attack.identity(),
+            attack.knowledge if attack.adaptive else "bare",
+            attack.eot_samples if attack.adaptive else 1,
+            count,
+            seen,
+            seed,
+        ]
+    )
 
 
 def unit_chunk(sets: Sequence[EvaluationSet], unit: AttackUnit | DefendUnit) -> Chunk:

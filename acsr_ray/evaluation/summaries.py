@@ -15,9 +15,7 @@ from acsr_ray.evaluation.statistics import at_equal_clean, mcnemar, paired_diffe
 from acsr_ray.evaluation.tables import Table
 
 
-def accuracy_table(
-    scenes: Sequence[Scene], attacks: Sequence[SweepAttack], title: str, caption: str = ""
-) -> Table:
+def accuracy_table(scenes: Sequence[Scene], attacks: Sequence[SweepAttack], title: str) -> Table:
     """Return accuracies with 95 % intervals: a row per target and defence, a column per attack."""
     several = len({scene.title for scene in scenes}) > 1
     rows = []
@@ -30,8 +28,8 @@ def accuracy_table(
             rows.append((*label, *(ABSENT if cell is None else str(cell.accuracy) for cell in cells)))
     first = ("target", "defence") if several else ("defence",)
     header = (*first, CLEAN, *(_counted(scenes, attack) for attack in attacks))
-    words = caption or "Accuracy in percent with Wilson 95 % interval."
-    return Table(title, f"{words} {scenes[0].grid.caption}", header, tuple(rows))
+    caption = f"Accuracy in percent with Wilson 95 % interval. {scenes[0].grid.caption}"
+    return Table(title, caption, header, tuple(rows))
 
 
 def _counted(scenes: Sequence[Scene], attack: SweepAttack) -> str:
@@ -109,8 +107,7 @@ def cost_table(scene: Scene) -> Table:
     header = ("defence", "clean accuracy", "PSNR, dB", "SSIM", "AURC", "images/s per task")
     caption = (
         "PSNR and SSIM of defended clean images, none for an ensemble, which has no one image; images/s of "
-        "defence and classifier together; AURC, the "
-        "area under the risk-coverage curve, smaller is better."
+        "defence and classifier together; AURC, the area under the risk-coverage curve, smaller is better."
     )
     return Table(f"Defences on clean images of {scene.title}", caption, header, tuple(rows))
 

@@ -16,7 +16,8 @@ import yaml
 
 from acsr_ray.config import AcsrError
 from acsr_ray.distributed.runtime import RaySettings
-from acsr_ray.distributed.sweep import SweepAttacksSettings, SweepError, sweep_attacks
+from acsr_ray.distributed.sweep import SweepAttacksSettings, sweep_attacks
+from acsr_ray.distributed.unit_runner import SweepError
 from acsr_ray.models.targets import TargetConfig, build_target, save_target
 
 pytestmark = pytest.mark.ray
