@@ -23,6 +23,7 @@ ENTRY_POINTS: Mapping[str, tuple[str, str, str]] = {
     "build_bundle": ("acsr_ray.distributed.bundling", "BuildBundleSettings", "build_bundle"),
     "train_target": ("acsr_ray.training.target", "TrainTargetSettings", "train_target"),
     "train_defense": ("acsr_ray.training.defense", "TrainDefenseSettings", "train_defense"),
+    "compare_attacks": ("acsr_ray.evaluation.parity", "CompareAttacksSettings", "compare_attacks"),
     "sweep_attacks": ("acsr_ray.distributed.sweep", "SweepAttacksSettings", "sweep_attacks"),
     "purify_corpus": ("acsr_ray.demo.job", "PurifyCorpusSettings", "purify_or_demo"),
 }

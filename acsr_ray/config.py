@@ -25,6 +25,7 @@ JOBS = (
     "build_bundle",
     "train_target",
     "train_defense",
+    "compare_attacks",
     "sweep_attacks",
     "purify_corpus",
 )

@@ -1,8 +1,9 @@
-"""Fixtures shared by the tests: synthetic images, small shards, a tiny bundle, a local Ray."""
+"""Fixtures shared by the tests: images, small shards, a tiny bundle, a network on digits, a local Ray."""
 
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
 
 from acsr_ray.clustering.gaussians import fit_gaussians
 from acsr_ray.models.classifier import EncoderConfig, encode, restore_encoder
@@ -22,6 +26,7 @@ from acsr_ray.sparse.prox import project_atoms
 
 torch.set_num_threads(1)
 
+HELD_OUT = 120
 CLASS_NAMES = ("ant", "bee", "cat")
 # (class, cluster within the class) of the tiny bundle's four clusters.
 CLUSTERS = np.array([(0, 0), (0, 1), (1, 0), (2, 0)])
@@ -160,3 +165,48 @@ def ray_local() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@dataclass(frozen=True)
+class Digits:
+    """A trained network, in evaluation mode, and images it has not seen."""
+
+    model: nn.Module
+    images: Tensor
+    labels: Tensor
+
+    def head(self, count: int) -> tuple[Tensor, Tensor]:
+        return self.images[:count], self.labels[:count]
+
+
+@pytest.fixture(scope="session")
+def digits() -> Digits:
+    """Return a small network trained in seconds on scikit-learn's digits, 16 x 16 RGB on the 8-bit grid."""
+    data = load_digits()
+    gray = torch.from_numpy(data.images).float()[:, None] / 16
+    # Off the bounds of [0, 1] on average, as photos are, and coloured, so that channels differ.
+    tint = torch.tensor([0.8, 0.7, 0.6]).view(1, 3, 1, 1)
+    images = 0.1 + F.interpolate(gray, (16, 16), mode="bilinear") * tint
+    images = (images * 255).round() / 255
+    labels = torch.from_numpy(data.target)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(3, 12, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(12, 24, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(24 * 16, 10),
+        )
+        optimizer = torch.optim.Adam(model.parameters(), 5e-3)
+        train = torch.arange(HELD_OUT, len(images))
+        for _ in range(14):
+            for rows in train[torch.randperm(len(train))].split(64):
+                optimizer.zero_grad()
+                F.cross_entropy(model(images[rows]), labels[rows]).backward()
+                optimizer.step()
+    model.requires_grad_(False).eval()
+    held_out = images[:HELD_OUT], labels[:HELD_OUT]
+    assert (model(held_out[0]).argmax(1) == held_out[1]).float().mean() > 0.9
+    return Digits(model, *held_out)

@@ -2,7 +2,6 @@
 
 import math
 
-import torch
 from torch import Tensor
 
 from acsr_ray.attacks.threat import Norm
@@ -27,14 +26,3 @@ def rounding_slack(norm: Norm, shape: tuple[int, ...]) -> float:
     """
     half = 0.5 / LEVELS
     return half if norm == "linf" else half * math.sqrt(math.prod(shape))
-
-
-def perturbation_norms(attacked: Tensor, images: Tensor, norm: Norm) -> Tensor:
-    """Return the norm (N,) of attacked - images, in float64; for `relative_l2` divided by ||x||."""
-    delta = (attacked - images).double().flatten(1)
-    if norm == "linf":
-        return delta.abs().amax(1)
-    length = torch.linalg.vector_norm(delta, dim=1)
-    if norm == "l2":
-        return length
-    return length / torch.linalg.vector_norm(images.double().flatten(1), dim=1).clamp(min=1e-12)

@@ -2,7 +2,7 @@
 
 An attacked image counts as it is stored, so the result is rounded to 8 bits, and where rounding undid a
 minimal-norm attack it is tried again stronger. Budgets are met by the float images; rounding may add up to
-`rounding_slack` to the norm of the rounded ones, so report their norms (`perturbation_norms`).
+`rounding_slack` to the norm of the rounded ones, so report their own norms.
 
 The result for an image does not depend on its neighbours, up to the last bits in which a model's own matrix
 products differ between batch sizes: stopping, step sizes and random numbers are per image. Random numbers

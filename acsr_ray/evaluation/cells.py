@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import get_args
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +31,7 @@ from acsr_ray.attacks.rounding import round_to_pixels
 from acsr_ray.attacks.run import Attacked, run_attack
 from acsr_ray.attacks.spec import AttackConfig
 from acsr_ray.attacks.subset import Model
+from acsr_ray.attacks.threat import Norm
 from acsr_ray.clustering.gaussians import squared_mahalanobis
 from acsr_ray.clustering.selection import Selection
 from acsr_ray.corpus.images import DecodeLimits, Pixels, decode_image, encode_png, to_pixels, to_unit_range
@@ -118,15 +120,14 @@ def attack_unit(
     seconds = (_clock(device) - started) / max(1, len(chunk))
     with torch.no_grad():
         floats = torch.cat([seen(part).argmax(1) for part in attacked.unrounded.split(DEFENCE_BATCH)])
-    norms = perturbation_norms(attacked.rounded.cpu(), images.cpu())
+    rounded, images = attacked.rounded.cpu(), images.cpu()
+    lengths = {norm: perturbation_norms(rounded, images, norm).numpy() for norm in get_args(Norm)}
     return pa.table(
         {
             "key": chunk.keys,
-            "image": [encode_png(pixels) for pixels in to_pixels(attacked.rounded.cpu().numpy())],
+            "image": [encode_png(pixels) for pixels in to_pixels(rounded.numpy())],
             "float_prediction": floats.cpu().numpy().astype(np.int32),
-            "linf": norms.linf.numpy(),
-            "l2": norms.l2.numpy(),
-            "relative_l2": norms.relative_l2.numpy(),
+            **lengths,
             "attack_seconds": np.full(len(chunk), seconds, np.float32),
         }
     )

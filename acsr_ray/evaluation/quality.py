@@ -3,38 +3,29 @@
 Images are (N, C, H, W) in [0, 1]; differences are taken in float64, so equal images are exactly equal.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor
 
+from acsr_ray.attacks.threat import Norm
 from acsr_ray.evaluation.extras import load_extra
 
 SSIM_WINDOW = 11
 
 
-@dataclass(frozen=True)
-class PerturbationNorms:
-    """Norms of attacked - clean, each (N,) float64."""
+def perturbation_norms(attacked: Tensor, clean: Tensor, norm: Norm) -> Tensor:
+    """Return the norm (N,) float64 of attacked - clean, per image.
 
-    linf: Tensor
-    l2: Tensor
-    relative_l2: Tensor
-    """l2 over the clean image's l2 norm; inf for a changed black image, 0 for an unchanged one."""
-
-
-def perturbation_norms(attacked: Tensor, clean: Tensor) -> PerturbationNorms:
-    """Measure what an attack did.
-
-    Args:
-        attacked: (N, C, H, W).
-        clean: the same images before the attack.
+    `relative_l2` is the l2 norm over the clean image's: inf for a changed black
+    image, 0 for an unchanged one.
     """
-    change, before = _flat_difference(attacked, clean), clean.double().flatten(1)
-    l2, norm = change.norm(dim=1), before.norm(dim=1)
-    relative = torch.where(l2 == 0, torch.zeros_like(l2), l2 / norm)
-    return PerturbationNorms(change.abs().amax(1), l2, relative)
+    change = _flat_difference(attacked, clean)
+    if norm == "linf":
+        return change.abs().amax(1)
+    l2 = change.norm(dim=1)
+    if norm == "l2":
+        return l2
+    return torch.where(l2 == 0, torch.zeros_like(l2), l2 / clean.double().flatten(1).norm(dim=1))
 
 
 def psnr(images: Tensor, reference: Tensor) -> Tensor:

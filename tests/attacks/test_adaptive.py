@@ -14,10 +14,11 @@ from acsr_ray.attacks.adaptive import (
     attack_low_frequency,
     fourier_lowpass,
 )
-from acsr_ray.attacks.rounding import perturbation_norms, round_to_pixels
+from acsr_ray.attacks.rounding import round_to_pixels
 from acsr_ray.attacks.run import is_fooled, run_attack
 from acsr_ray.attacks.spec import AttackConfig
 from acsr_ray.attacks.subset import subset_model
+from acsr_ray.evaluation.quality import perturbation_norms
 
 GENERATOR = torch.Generator().manual_seed(3)
 WEIGHT = torch.randn(4, 3 * 6 * 5, generator=GENERATOR, dtype=torch.float64)

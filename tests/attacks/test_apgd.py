@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from acsr_ray.attacks.apgd import apgd, checkpoints, dlr, margin
 from acsr_ray.attacks.gradient import pgd_attack
-from acsr_ray.attacks.rounding import perturbation_norms
 from acsr_ray.attacks.threat import ThreatModel
+from acsr_ray.evaluation.quality import perturbation_norms
 
 THREATS = [ThreatModel("linf", 2 / 255), ThreatModel("l2", 0.15), ThreatModel("relative_l2", 0.02)]
 

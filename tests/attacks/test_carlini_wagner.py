@@ -3,7 +3,7 @@
 import torch
 
 from acsr_ray.attacks.carlini_wagner import carlini_wagner
-from acsr_ray.attacks.rounding import perturbation_norms
+from acsr_ray.evaluation.quality import perturbation_norms
 
 
 def test_the_nearest_point_is_found_on_a_linear_model():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from acsr_ray.attacks.deepfool import deepfool
-from acsr_ray.attacks.rounding import perturbation_norms
+from acsr_ray.evaluation.quality import perturbation_norms
 
 
 @pytest.mark.parametrize("classes", [None, 1, 3])

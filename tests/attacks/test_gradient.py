@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 from acsr_ray.attacks.draws import Draws
 from acsr_ray.attacks.gradient import bim, fgsm, noise, pgd_attack, tpgd
-from acsr_ray.attacks.rounding import perturbation_norms
 from acsr_ray.attacks.threat import ThreatModel
+from acsr_ray.evaluation.quality import perturbation_norms
 
 THREATS = [ThreatModel("linf", 6 / 255), ThreatModel("l2", 0.5), ThreatModel("relative_l2", 0.06)]
 by_norm = pytest.mark.parametrize("threat", THREATS, ids=lambda threat: threat.norm)

@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from acsr_ray.attacks.adaptive import FixedRows
-from acsr_ray.attacks.rounding import perturbation_norms, round_to_pixels, rounding_slack
+from acsr_ray.attacks.rounding import round_to_pixels, rounding_slack
 from acsr_ray.attacks.run import Attacked, attack_uncapped, cap, is_fooled, run_attack
 from acsr_ray.attacks.spec import AttackConfig
+from acsr_ray.evaluation.quality import perturbation_norms
 
 RELATIVE = {"norm": "relative_l2", "epsilon": 0.06}
 CONFIGS = [

@@ -5,9 +5,9 @@ import torch
 
 from acsr_ray.attacks.draws import Draws
 from acsr_ray.attacks.gradient import noise
-from acsr_ray.attacks.rounding import perturbation_norms
 from acsr_ray.attacks.square import _propose_l2, covered_share, double_bump, square
 from acsr_ray.attacks.threat import ThreatModel
+from acsr_ray.evaluation.quality import perturbation_norms
 
 THREATS = [ThreatModel("linf", 20 / 255), ThreatModel("l2", 1.6), ThreatModel("relative_l2", 0.2)]
 by_norm = pytest.mark.parametrize("threat", THREATS, ids=lambda threat: threat.norm)

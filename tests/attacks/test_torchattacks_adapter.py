@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from acsr_ray.attacks.adaptive import FixedRows
-from acsr_ray.attacks.rounding import perturbation_norms, round_to_pixels
+from acsr_ray.attacks.rounding import round_to_pixels
 from acsr_ray.attacks.run import run_attack
 from acsr_ray.attacks.spec import AttackConfig
 from acsr_ray.attacks.torchattacks_adapter import resolve_options, torchattacks_names
 from acsr_ray.config import ConfigError
+from acsr_ray.evaluation.quality import perturbation_norms
 
 pytest.importorskip("torchattacks")
 
