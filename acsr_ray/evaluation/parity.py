@@ -215,7 +215,8 @@ def parity_table(found: list[Parity], settings: CompareAttacksSettings) -> Table
     caption = (
         f"Target {settings.target}, {settings.images} images, linf {settings.epsilon:.4g}, l2 "
         f"{settings.l2:g}, 12 steps; DeepFool and CW 100 steps; float images. Norm: mean l2 of ours over "
-        f"theirs on images that both fooled. Speed: time per image of theirs over ours, median of {settings.repeats}."
+        f"theirs on images that both fooled. Speed: time per image of theirs over ours, median of "
+        f"{settings.repeats}."
     )
     header = ("attack", "images", "accuracy left, ours", "accuracy left, torchattacks", "norm", "speed")
     return Table("Our attacks and torchattacks'", caption, header, rows)
