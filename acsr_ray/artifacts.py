@@ -93,6 +93,15 @@ def finish_artifact(directory: Path, kind: str, files: Iterable[str], content: M
     write_json(directory / MANIFEST, manifest)
 
 
+def save_tensor_artifact(
+    directory: Path, kind: str, file: str, tensors: Mapping[str, torch.Tensor], content: Mapping[str, Any]
+) -> None:
+    """Write an artifact whose only file holds tensors; see `finish_artifact`."""
+    begin_artifact(directory)
+    save_tensors(directory / file, tensors)
+    finish_artifact(directory, kind, [file], content)
+
+
 def artifact_kind(directory: Path) -> str | None:
     """Return what the manifest of a directory says it is, None when there is no readable manifest."""
     try:

@@ -11,6 +11,7 @@ row numbers. Exceptions: models that draw numbers themselves, and torchattacks, 
 the batch as a whole.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -82,18 +83,8 @@ def run_attack(
         ConfigError: torchattacks has no such attack or option.
         MissingExtraError: torchattacks is not installed.
     """
-    check_inputs(images, labels)
-    draws = Draws(seed, _keys(images, keys))
-    parts = [
-        _attack_batch(
-            config,
-            model if len(index) == len(images) else subset_model(model, index),
-            images[index],
-            labels[index],
-            draws.rows(index),
-        )
-        for index in _chunks(images, batch_size)
-    ]
+    batches = _batches(model, images, labels, seed, keys, batch_size)
+    parts = [_attack_batch(config, *batch) for batch in batches]
     return _joined(parts) if parts else Attacked(images, images, labels.bool())
 
 
@@ -108,18 +99,8 @@ def attack_uncapped(
     batch_size: int | None = BATCH,
 ) -> Uncapped:
     """Run a minimal-norm or torchattacks attack with its ladder, ignoring `epsilon`; see `run_attack`."""
-    check_inputs(images, labels)
-    draws = Draws(seed, _keys(images, keys))
-    parts = [
-        _climb(
-            config,
-            model if len(index) == len(images) else subset_model(model, index),
-            images[index],
-            labels[index],
-            draws.rows(index),
-        )
-        for index in _chunks(images, batch_size)
-    ]
+    batches = _batches(model, images, labels, seed, keys, batch_size)
+    parts = [_climb(config, *batch) for batch in batches]
     if not parts:
         return Uncapped(images, images)
     return Uncapped(torch.cat([part.first for part in parts]), torch.cat([part.final for part in parts]))
@@ -158,9 +139,16 @@ def _keys(images: Tensor, keys: Tensor | None) -> Tensor:
     return keys.to(images.device)
 
 
-def _chunks(images: Tensor, batch_size: int | None) -> tuple[Tensor, ...]:
+def _batches(
+    model: Model, images: Tensor, labels: Tensor, seed: int, keys: Tensor | None, batch_size: int | None
+) -> Iterator[tuple[Model, Tensor, Tensor, Draws]]:
+    """Yield model, images, labels and draws of each batch, after a check of them all."""
+    check_inputs(images, labels)
+    draws = Draws(seed, _keys(images, keys))
     positions = torch.arange(len(images), device=images.device)
-    return positions.split(batch_size or max(len(images), 1)) if len(images) else ()
+    for index in positions.split(batch_size or max(len(images), 1)) if len(images) else ():
+        part = model if len(index) == len(images) else subset_model(model, index)
+        yield part, images[index], labels[index], draws.rows(index)
 
 
 def _joined(parts: list[Attacked]) -> Attacked:

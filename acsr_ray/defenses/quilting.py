@@ -15,11 +15,9 @@ from torch import Tensor
 
 from acsr_ray.artifacts import (
     ArtifactError,
-    begin_artifact,
-    finish_artifact,
     load_artifact,
     load_tensors,
-    save_tensors,
+    save_tensor_artifact,
 )
 from acsr_ray.config import Described
 from acsr_ray.defenses.base import Floats, PerImage
@@ -39,9 +37,7 @@ class PatchBankConfig(Described):
 
 def save_patch_bank(directory: Path, patches: NDArray[np.uint8], content: dict[str, Any]) -> None:
     """Write patches (B, P, P, 3) as artifact `patch_bank`."""
-    begin_artifact(directory)
-    save_tensors(directory / PATCHES, {"patches": torch.from_numpy(patches)})
-    finish_artifact(directory, KIND, [PATCHES], content)
+    save_tensor_artifact(directory, KIND, PATCHES, {"patches": torch.from_numpy(patches)}, content)
 
 
 def load_patch_bank(directory: Path) -> Tensor:

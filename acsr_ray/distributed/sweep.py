@@ -42,11 +42,11 @@ from acsr_ray.evaluation.cells import (
 from acsr_ray.evaluation.defenses import defense_digest
 from acsr_ray.evaluation.extras import load_extra
 from acsr_ray.evaluation.grid import Grid, SweepAttack, SweepTarget, read_grid
-from acsr_ray.evaluation.layouts import Calibration, write_results
 from acsr_ray.evaluation.plan import EvaluationSet, Plan, load_set, plan_units, unit_chunk
 from acsr_ray.evaluation.presets import preset_grid
 from acsr_ray.evaluation.recipes import Variant
 from acsr_ray.evaluation.results import collect
+from acsr_ray.evaluation.write_up import Calibration, write_results
 
 logger = logging.getLogger(__name__)
 

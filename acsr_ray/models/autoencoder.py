@@ -14,11 +14,9 @@ from torch import Tensor, nn
 
 from acsr_ray.artifacts import (
     ArtifactError,
-    begin_artifact,
-    finish_artifact,
     load_artifact,
     load_tensors,
-    save_tensors,
+    save_tensor_artifact,
 )
 from acsr_ray.config import Described
 
@@ -60,9 +58,8 @@ def save_autoencoder(
     directory: Path, model: Autoencoder, config: AutoencoderConfig, content: Mapping[str, Any]
 ) -> None:
     """Write a trained autoencoder as artifact `magnet`."""
-    begin_artifact(directory)
-    save_tensors(directory / WEIGHTS, model.state_dict())
-    finish_artifact(directory, KIND, [WEIGHTS], {"autoencoder": config.describe(), **content})
+    description = {"autoencoder": config.describe(), **content}
+    save_tensor_artifact(directory, KIND, WEIGHTS, model.state_dict(), description)
 
 
 def load_autoencoder(directory: Path, device: str = "cpu") -> Autoencoder:

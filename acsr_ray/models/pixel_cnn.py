@@ -19,11 +19,9 @@ from torch import Tensor, nn
 
 from acsr_ray.artifacts import (
     ArtifactError,
-    begin_artifact,
-    finish_artifact,
     load_artifact,
     load_tensors,
-    save_tensors,
+    save_tensor_artifact,
 )
 from acsr_ray.config import Described
 
@@ -196,9 +194,8 @@ def most_likely_nearby(model: PixelCnn, levels: Tensor, reach: int) -> Tensor:
 
 def save_pixel_cnn(directory: Path, model: PixelCnn, content: Mapping[str, Any]) -> None:
     """Write a trained network as artifact `pixel_cnn`."""
-    begin_artifact(directory)
-    save_tensors(directory / WEIGHTS, model.state_dict())
-    finish_artifact(directory, KIND, [WEIGHTS], {"pixel_cnn": model.config.describe(), **content})
+    description = {"pixel_cnn": model.config.describe(), **content}
+    save_tensor_artifact(directory, KIND, WEIGHTS, model.state_dict(), description)
 
 
 def load_pixel_cnn(directory: Path, device: str = "cpu") -> PixelCnn:

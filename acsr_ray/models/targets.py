@@ -20,13 +20,11 @@ from acsr_ray.artifacts import (
     ArtifactError,
     artifact_digest,
     artifact_kind,
-    begin_artifact,
     file_digest,
-    finish_artifact,
     json_digest,
     load_artifact,
     load_tensors,
-    save_tensors,
+    save_tensor_artifact,
 )
 from acsr_ray.config import AcsrError, Described, did_you_mean
 from acsr_ray.models.alexnet import AlexNet
@@ -160,10 +158,8 @@ def save_target(
     content: Mapping[str, Any],
 ) -> None:
     """Write a trained target as artifact `target` with extra manifest content."""
-    begin_artifact(directory)
-    save_tensors(directory / WEIGHTS, model.state_dict())
     description = {"target": config.describe(), "class_names": list(class_names), **content}
-    finish_artifact(directory, "target", [WEIGHTS], description)
+    save_tensor_artifact(directory, "target", WEIGHTS, model.state_dict(), description)
 
 
 def load_target(location: str, device: str = "cpu", config: TargetConfig | None = None) -> Target:

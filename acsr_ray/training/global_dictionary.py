@@ -16,11 +16,9 @@ from torch import Tensor
 
 from acsr_ray.artifacts import (
     ArtifactError,
-    begin_artifact,
-    finish_artifact,
     load_artifact,
     load_tensors,
-    save_tensors,
+    save_tensor_artifact,
 )
 from acsr_ray.config import Described
 from acsr_ray.corpus.images import Pixels, to_unit_range
@@ -80,10 +78,9 @@ def learn_global_dictionary(
 
 def save_global_dictionary(directory: Path, dictionary: GlobalDictionary, content: Mapping[str, Any]) -> None:
     """Write a dictionary as artifact `global_dictionary`."""
-    begin_artifact(directory)
-    save_tensors(directory / ATOMS, {"atoms": dictionary.atoms.float()})
     description = {"cbpdn": dictionary.cbpdn.describe(), "tikhonov": dictionary.tikhonov.describe()}
-    finish_artifact(directory, KIND, [ATOMS], {**description, **content})
+    tensors = {"atoms": dictionary.atoms.float()}
+    save_tensor_artifact(directory, KIND, ATOMS, tensors, {**description, **content})
 
 
 def load_global_dictionary(directory: Path) -> GlobalDictionary:

@@ -11,7 +11,7 @@ from acsr_ray.corpus.images import encode_png
 from acsr_ray.evaluation.cells import Chunk
 from acsr_ray.evaluation.checks import scene_warnings, unmade_checks
 from acsr_ray.evaluation.grid import Grid
-from acsr_ray.evaluation.layouts import LAYOUTS, Calibration, write_results
+from acsr_ray.evaluation.layouts import LAYOUTS
 from acsr_ray.evaluation.plan import EvaluationSet
 from acsr_ray.evaluation.results import Results
 from acsr_ray.evaluation.scenes import Scene
@@ -22,6 +22,7 @@ from acsr_ray.evaluation.summaries import (
     equal_clean_table,
     interpolated_table,
 )
+from acsr_ray.evaluation.write_up import Calibration, write_results
 
 IMAGES, SIDE = 200, 16
 

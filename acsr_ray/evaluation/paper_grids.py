@@ -1,0 +1,236 @@
+"""The paper's tables and figures as grids (METHOD, section 8); `presets` says what small and full mean."""
+
+from acsr_ray.attacks.spec import AttackConfig
+from acsr_ray.attacks.threat import Norm
+from acsr_ray.evaluation.defenses import DefenseConfig
+from acsr_ray.evaluation.grid import Grid, GridError, SweepAttack, SweepDefense, SweepTarget
+from acsr_ray.evaluation.ingredients import (
+    acsr,
+    calibrated_attacks,
+    controls,
+    evaluation_data,
+    literal_attacks,
+    no_defense,
+    noise,
+    single,
+    size_caption,
+    sweep_target,
+)
+from acsr_ray.evaluation.recipes import Place
+from acsr_ray.purification.bundle import load_bundle
+
+F4_EPSILONS = (1, 2, 4, 8, 12, 16, 24, 32)
+
+
+def table1(place: Place) -> Grid:
+    """Robust encoders under white-box attacks; raises `GridError` when no encoder is there."""
+    rows = {
+        "f_bsl (no adversarial training)": "baseline",
+        "PGDAT": "pgdat",
+        "PGDAT + RST (init PGDAT)": "pgdat-rst",
+        "PGDAT (random init)": "pgdat-random",
+        "PGDAT + RST (random init)": "rst-random",
+        "TRADES": "trades",
+        "PGDAT + RST (TRADES)": "rst-trades",
+        "RST, single-step (bundle cifar10-small)": "rst-single-step",
+    }
+    folder = place.artifacts / "encoders"
+    targets = [
+        SweepTarget(name=title, location=str(folder / f"cifar10-{name}"))
+        for title, name in rows.items()
+        if (folder / f"cifar10-{name}" / "manifest.json").exists()
+    ]
+    if not targets:
+        raise GridError(
+            f"table 1 needs encoders of train_baseline and train_robust as {folder}/cifar10-NAME, "
+            f"NAME one of {', '.join(rows.values())}"
+        )
+    budgets: tuple[tuple[str, Norm, float], ...] = (("l2 0.3", "l2", 0.3), ("linf 8/255", "linf", 8 / 255))
+    steps = {"pgd": 20, "cw": 100, "bim": 20, "tpgd": 20, "apgd": 100}
+    attacks = [
+        SweepAttack(
+            name=f"{name.upper()}-{count} {title}",
+            attack=AttackConfig(name=name, norm=norm, epsilon=epsilon, steps=count),
+            block=title,
+        )
+        for title, norm, epsilon in budgets
+        for name, count in steps.items()
+        # CW has no linf form.
+        if (name, norm) != ("cw", "linf")
+    ]
+    absent = len(rows) - len(targets)
+    return Grid(
+        title="Table 1: robust encoders under white-box attacks, CIFAR-10",
+        caption=f"{len(targets)} WideResNets attacked white-box, CW of 100 steps; {absent} rows of the paper "
+        "are not trained.",
+        layout="targets",
+        data=(evaluation_data("cifar10", place, 200),),
+        targets=tuple(targets),
+        attacks=tuple(attacks),
+        defenses=(no_defense(),),
+    )
+
+
+def table2(place: Place) -> Grid:
+    """One purifier for four targets on CIFAR-10."""
+    titles = {"alexnet": "AlexNet", "vgg16": "VGG-16", "resnet50": "ResNet-50", "googlenet": "GoogLeNet"}
+    return Grid(
+        title="Table 2: one purifier for four targets, CIFAR-10",
+        caption=size_caption(place) + "One f_rob and one bundle for all targets.",
+        layout="targets",
+        data=(evaluation_data("cifar10", place, 200),),
+        targets=tuple(sweep_target(place, "cifar10", name, title) for name, title in titles.items()),
+        attacks=(*calibrated_attacks(place), *literal_attacks(place)),
+        defenses=(no_defense(), *acsr(place, "cifar10"), *controls(place, "cifar10")),
+        chunk=50,
+        reference="ACSR",
+    )
+
+
+def table3(place: Place) -> Grid:
+    """Defences on CIFAR-10."""
+    data = "cifar10"
+    return Grid(
+        title="Table 3: defences on CIFAR-10, VGG-16",
+        caption=size_caption(place),
+        data=(evaluation_data(data, place, 200),),
+        targets=(sweep_target(place, data, "vgg16", "VGG-16"),),
+        attacks=(*calibrated_attacks(place), *literal_attacks(place), noise("relative_l2", 0.04)),
+        defenses=(
+            no_defense(),
+            *acsr(place, data),
+            single("median 2", "median", size=2),
+            single("TVM", "tvm", weight=0.03),
+            single("MagNet", "magnet", artifact=str(place.defense(data, "magnet"))),
+            single("PixelDefend", "pixel_defend", artifact=str(place.defense(data, "pixel-cnn"))),
+            *controls(place, data),
+        ),
+        chunk=50,
+        reference="ACSR",
+    )
+
+
+def table4(place: Place, size: int) -> Grid:
+    """Defences on ImageNet-10 at 64 or 128 pixels."""
+    data = f"imagenet10-{size}"
+    images = 200 if size == 64 else 50
+    return Grid(
+        title=f"Table 4: defences on ImageNet-10 at {size} pixels, VGG-16",
+        caption=size_caption(place) + "PixelDefend and MagNet left out.",
+        data=(evaluation_data(data, place, images, 100),),
+        targets=(sweep_target(place, data, "vgg16", "VGG-16"),),
+        attacks=tuple(_paper_attacks(place)),
+        defenses=(
+            no_defense(),
+            *acsr(place, data),
+            single("TVM", "tvm", weight=0.03),
+            single("quilting", "quilting", artifact=str(place.defense("imagenet10-64", "patch-bank"))),
+            single("crop ensemble", "crop_ensemble", crops=30, crop=0.9),
+            single("pixel deflection", "pixel_deflection", deflections=100),
+            *controls(place, data),
+        ),
+        chunk=25,
+        reference="ACSR",
+    )
+
+
+def _paper_attacks(place: Place) -> list[SweepAttack]:
+    """Return the calibrated attacks, and the literal ones where there is the time."""
+    return [*calibrated_attacks(place), *([] if place.small else literal_attacks(place))]
+
+
+def table5(place: Place) -> Grid:
+    """A five-class content filter, purified with dictionaries from CIFAR-10."""
+    data = "moderation5"
+    return Grid(
+        title="Table 5: a five-class content filter, dictionaries from CIFAR-10",
+        caption=size_caption(place)
+        + "Plain AlexNet and adversarially trained ResNet-50. The bundle never saw these images.",
+        layout="filter",
+        data=(evaluation_data(data, place, 200, 100),),
+        targets=(
+            sweep_target(place, data, "alexnet", "AlexNet"),
+            sweep_target(place, data, "resnet50", "ResNet-50 (adversarially trained)", "-adv"),
+        ),
+        attacks=tuple(_paper_attacks(place)),
+        defenses=(no_defense(), *acsr(place, data), *controls(place, data)),
+        chunk=25,
+        reference="ACSR",
+    )
+
+
+def figure2(place: Place) -> Grid:
+    """Pictures before and after, ImageNet-10."""
+    data = "imagenet10-64"
+    return Grid(
+        title="Figure 2: before and after, ImageNet-10",
+        caption=size_caption(place),
+        layout="panels",
+        data=(evaluation_data(data, place, 10),),
+        targets=(sweep_target(place, data, "vgg16", "VGG-16"),),
+        attacks=tuple(literal_attacks(place, ("FGSM .08", "BIM", "CW"))),
+        defenses=(no_defense(), *acsr(place, data)),
+        chunk=5,
+    )
+
+
+def figure3(place: Place) -> Grid:
+    """Every cluster's dictionary by Mahalanobis rank: the paper's core claim."""
+    data = "cifar10"
+    bundle = place.bundle_of(data)
+    ranks = [
+        SweepDefense(
+            name=f"rank {rank}",
+            config=DefenseConfig(name="rank", artifact=bundle, rank=rank, lmbda=0.1),
+            family="rank",
+        )
+        for rank in range(1, len(load_bundle(bundle).atoms) + 1)
+    ]
+    return Grid(
+        title="Figure 3: does the nearest cluster's dictionary matter?",
+        caption=size_caption(place)
+        + "CW images purified with every cluster's dictionary, by Mahalanobis rank; 1 is the nearest.",
+        layout="ranks",
+        data=(evaluation_data(data, place, 400),),
+        targets=(sweep_target(place, data, "vgg16", "VGG-16"),),
+        attacks=tuple(literal_attacks(place, ("CW",))),
+        defenses=(no_defense(), *ranks, *controls(place, data)),
+        chunk=50,
+    )
+
+
+def figure4(place: Place) -> Grid:
+    """Accuracy against the strength of FGSM."""
+    data = ("cifar10", "imagenet10-64")
+    return Grid(
+        title="Figure 4: accuracy against the strength of FGSM",
+        caption=size_caption(place) + "Epsilon is linf on [0, 1] pixels, in 255ths.",
+        layout="strengths",
+        data=tuple(evaluation_data(name, place, 200 if name == "cifar10" else 100) for name in data),
+        targets=tuple(
+            SweepTarget(name=f"{title}, {name}", location=str(place.target(name, architecture)), data=(name,))
+            for name in data
+            for architecture, title in (("resnet50", "ResNet-50"), ("vgg16", "VGG-16"))
+        ),
+        attacks=tuple(
+            SweepAttack(
+                name=f"FGSM {epsilon}/255",
+                attack=AttackConfig(name="fgsm", norm="linf", epsilon=epsilon / 255),
+            )
+            for epsilon in F4_EPSILONS
+        ),
+        defenses=(
+            no_defense(),
+            *(
+                SweepDefense(
+                    name=f"ACSR ({name})",
+                    config=DefenseConfig(name="acsr", artifact=place.bundle_of(name), lmbda=0.1),
+                    family="ACSR",
+                    data=(name,),
+                )
+                for name in data
+            ),
+            single("JPEG 75", "jpeg", quality=75),
+        ),
+        chunk=50,
+    )
