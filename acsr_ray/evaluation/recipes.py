@@ -92,13 +92,18 @@ def recipe(path: Path, place: Place) -> list[str]:
         data, architecture, *rest = name.rsplit("-w", 1)[0].split("-", 2)
         if architecture in ("64", "128"):
             data, architecture = f"{data}-{architecture}", rest[0]
-        flags = target_flags(data, architecture, "-adv" in name, "-pre" in name, place)
+        flags = target_flags(data, architecture, "-adv" in name, place)
         if place.small and architecture == "resnet9" and "-start" not in name:
             # A warm restart: ten epochs alone end a point below 85 %.
             start = place.target(data, architecture, "-start")
             again = [*flags[:-4], "--optimizer.epochs", "4", "--optimizer.peak-lr", "0.05", "--seed", "1"]
             restart = _command("train_target", data, path, place, [*again, "--init-weights", str(start)])
-            return [*recipe(start, place), restart]
+            return [*_unless_there(start, place), restart]
+        if "-pre" in name:
+            # Only the initialisation differs from the target trained from scratch.
+            start = place.target(PRETRAINING, architecture)
+            from_start = _command("train_target", data, path, place, [*flags, "--init-weights", str(start)])
+            return [*_unless_there(start, place), from_start]
         return [_command("train_target", data, path, place, flags)]
     if kind == "defenses":
         data, made = name.rsplit("-", 1)[0], name
@@ -112,6 +117,10 @@ def recipe(path: Path, place: Place) -> list[str]:
     return [f"python jobs/{job}.py --config jobs/configs/{config}" for job in jobs]
 
 
+def _unless_there(path: Path, place: Place) -> list[str]:
+    return [] if (path / "manifest.json").exists() else recipe(path, place)
+
+
 DEFENSE_KINDS = {
     "magnet": "magnet",
     "pixel-cnn": "pixel_cnn",
@@ -121,14 +130,16 @@ DEFENSE_KINDS = {
 """Suffix of an artifact's folder -> kind of `train_defense`."""
 
 
+PRETRAINING = "imagenet10-64"
+"""Data set of the weights that the transfer-learning ablation starts from."""
+
+
 def image_size(data: str) -> int:
     """Return the side of a data set's images, by its name."""
     return {"cifar10": 32, "moderation5": 64}.get(data) or int(data.rsplit("-", 1)[-1])
 
 
-def target_flags(
-    data: str, architecture: str, adversarial: bool, pretrained: bool, place: Place
-) -> list[str]:
+def target_flags(data: str, architecture: str, adversarial: bool, place: Place) -> list[str]:
     """Return the training flags of one target; epochs of `small` fit two cores."""
     size, epochs = image_size(data), 40
     flags = [
@@ -157,9 +168,6 @@ def target_flags(
     if adversarial:
         kind = "single_step" if place.small else "pgd"
         flags += ["--adversarial", "--attack.kind", kind, "--attack.epsilon", "0.0157"]
-    if pretrained:
-        flags += ["--init-weights", str(place.target("imagenet10-64", architecture))]
-        epochs = max(5, epochs // 3)
     if architecture == "resnet9":
         flags += ["--optimizer.peak-lr", "0.2"]
     return [*flags, "--optimizer.epochs", str(epochs)]

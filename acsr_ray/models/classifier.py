@@ -11,11 +11,9 @@ from torch import Tensor
 
 from acsr_ray.artifacts import (
     ArtifactError,
-    begin_artifact,
-    finish_artifact,
     load_artifact,
     load_tensors,
-    save_tensors,
+    save_tensor_artifact,
 )
 from acsr_ray.config import Described
 from acsr_ray.models.wide_resnet import WideResNet, build_wide_resnet
@@ -58,10 +56,8 @@ def save_classifier(
     content: Mapping[str, Any],
 ) -> None:
     """Write a trained network as artifact `kind` (`baseline` or `robust`) with extra manifest content."""
-    begin_artifact(directory)
-    save_tensors(directory / WEIGHTS, model.state_dict())
     description = {"encoder": config.describe(), "class_names": list(class_names), **content}
-    finish_artifact(directory, kind, [WEIGHTS], description)
+    save_tensor_artifact(directory, kind, WEIGHTS, model.state_dict(), description)
 
 
 def load_classifier(directory: Path, kind: str, device: str = "cpu") -> Classifier:
