@@ -29,11 +29,11 @@ from acsr_ray.attacks.torchattacks_adapter import resolve_options
 from acsr_ray.config import Device, JobSettings
 from acsr_ray.distributed.runtime import RaySettings, ray_session
 from acsr_ray.distributed.unit_runner import SweepError, UnitRunner
+from acsr_ray.evaluation.attackers import check_attackable
 from acsr_ray.evaluation.cells import (
     Chunk,
     attack_unit,
     calibrate_unit,
-    check_attackable,
     defend_unit,
     defense_of,
     fingerprint,
@@ -173,7 +173,8 @@ def _calibrate(
     runner: UnitRunner, grid: Grid, sets: Sequence[EvaluationSet], digests: Mapping[str, str]
 ) -> tuple[dict[tuple[str, str, str], AttackConfig], list[Calibration]]:
     """Return the calibrated attack of each (data, target, attack) that asks for it, and how that went."""
-    wanted: dict[str, tuple[EvaluationSet, SweepTarget, SweepAttack]] = {}
+    # Entries of equal settings share one calibration.
+    wanted: dict[str, list[tuple[EvaluationSet, SweepTarget, SweepAttack]]] = {}
     for loaded in sets:
         if loaded.split != "validation":
             continue
@@ -189,12 +190,12 @@ def _calibrate(
                     attack.calibrate_to,
                     grid.seeds[0],
                 ]
-                wanted[fingerprint(parts)] = (loaded, target, attack)
+                wanted.setdefault(fingerprint(parts), []).append((loaded, target, attack))
     whole = {id(loaded): loaded.whole() for loaded in sets if loaded.split == "validation"}
     chunks = {number: ray.put(chunk) for number, chunk in whole.items()} if wanted else {}
 
     def submit(key: str) -> "ray.ObjectRef[Any]":
-        loaded, target, attack = wanted[key]
+        loaded, target, attack = wanted[key][0]
         return runner.task(_calibrate_task).remote(
             chunks[id(loaded)], attack, target, grid.seeds[0], runner.device, runner.threads
         )
@@ -202,7 +203,9 @@ def _calibrate(
     paths = {key: runner.cache / "calibrations" / f"{key}.json" for key in wanted}
     runner.run("calibrations", list(wanted), paths.__getitem__, submit)
     found, outcomes = {}, []
-    for key, (loaded, target, attack) in wanted.items():
+    for key, loaded, target, attack in (
+        (key, *entry) for key, entries in wanted.items() for entry in entries
+    ):
         content = json.loads(paths[key].read_bytes())
         config = AttackConfig.from_description(content["attack"])
         logger.info(
@@ -221,7 +224,7 @@ def _calibrate(
                 target.name,
                 attack.name,
                 config.label,
-                content.get("wanted", float("nan")),
+                content["wanted"],
                 content["accuracy"],
                 content["note"],
             )

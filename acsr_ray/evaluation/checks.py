@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+from acsr_ray.attacks.threat import Norm
 from acsr_ray.evaluation.grid import CLEAN, SweepAttack
 from acsr_ray.evaluation.intervals import Share
 from acsr_ray.evaluation.sanity import (
@@ -68,8 +69,8 @@ def unmade_checks(scenes: Sequence[Scene]) -> tuple[str, ...]:
     """Return a sentence that names the checks that a sweep's grid leaves no way to make; () for none."""
     attacks = scenes[0].grid.attacks if scenes else ()
     unmade = []
-    if not any(attack.attack.name == "noise" for attack in attacks):
-        unmade.append("random noise is harmless (no noise in the grid)")
+    for norm, epsilon in _unmatched_budgets(attacks).items():
+        unmade.append(f"random noise of {norm.replace('_', ' ')} {epsilon:.3g} is harmless (none so large)")
     several = (
         len(points) > 1
         for scene in scenes
@@ -83,6 +84,20 @@ def unmade_checks(scenes: Sequence[Scene]) -> tuple[str, ...]:
     if not attacks or not unmade:
         return ()
     return (f"Not checked here: {'; '.join(unmade)}. `--table adaptive` checks them all.",)
+
+
+def _unmatched_budgets(attacks: Sequence[SweepAttack]) -> dict[Norm, float]:
+    """Return the largest radius of each norm that no noise in the grid reaches, huge ones left out."""
+    largest: dict[Norm, float] = {}
+    noise: dict[Norm, float] = {}
+    for attack in attacks:
+        norm, epsilon = attack.attack.norm, attack.attack.epsilon
+        if epsilon is None or epsilon >= HUGE[norm]:
+            continue
+        reached = noise if attack.attack.name == "noise" else largest
+        # A calibrated radius is not known here; calibration starts from a larger one.
+        reached[norm] = max(epsilon, reached.get(norm, 0.0))
+    return {norm: epsilon for norm, epsilon in largest.items() if epsilon > noise.get(norm, 0.0)}
 
 
 def sees_all(attack: SweepAttack, defense: str) -> bool:

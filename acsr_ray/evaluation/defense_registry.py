@@ -47,7 +47,8 @@ class BuildRequest:
 class DefenseEntry:
     """One defence: title in tables, builder, parameters with defaults (`...` for required), artifact.
 
-    `headline` is the parameter that a label always shows. A default of None leaves the value to the artifact.
+    `headline` is the parameter that a label always shows; `randomized` says whether it draws numbers. A
+    default of None leaves the value to the artifact.
     """
 
     title: str
@@ -55,6 +56,7 @@ class DefenseEntry:
     defaults: Mapping[str, Any]
     artifact: ArtifactKind | None = None
     headline: str | None = None
+    randomized: bool = False
 
 
 def with_strength(cbpdn: CbpdnConfig, lmbda: float | None) -> CbpdnConfig:
@@ -158,7 +160,7 @@ DEFENSES: Mapping[str, DefenseEntry] = {
         {"quality": 75, "subsampling": "4:2:0"},
         headline="quality",
     ),
-    "shield": DefenseEntry("SHIELD", lambda request: Shield(), {}),
+    "shield": DefenseEntry("SHIELD", lambda request: Shield(), {}, randomized=True),
     "median": DefenseEntry(
         "Median", lambda request: Median(**request.parameters), {"size": 3}, headline="size"
     ),
@@ -167,10 +169,15 @@ DEFENSES: Mapping[str, DefenseEntry] = {
     ),
     "tvm": DefenseEntry("TVM", _tvm, {"weight": 0.03}, headline="weight"),
     "tvm_dropout": DefenseEntry(
-        "TVM dropout", _tvm_dropout, {"weight": 0.03, "keep": 0.5}, headline="weight"
+        "TVM dropout", _tvm_dropout, {"weight": 0.03, "keep": 0.5}, headline="weight", randomized=True
     ),
     "quilting": DefenseEntry(
-        "Quilting", _quilting, {"neighbours": 10, "overlap": 2, "seams": True}, "patch_bank", "neighbours"
+        "Quilting",
+        _quilting,
+        {"neighbours": 10, "overlap": 2, "seams": True},
+        "patch_bank",
+        "neighbours",
+        randomized=True,
     ),
     "crop_ensemble": DefenseEntry(
         "Crop ensemble",
@@ -178,12 +185,14 @@ DEFENSES: Mapping[str, DefenseEntry] = {
         {"crops": 30, "crop": 0.4},
         None,
         "crop",
+        randomized=True,
     ),
     "pixel_deflection": DefenseEntry(
         "Pixel deflection",
         _pixel_deflection,
         {"deflections": 100, "window": 10, "sigma": 0.04},
         headline="deflections",
+        randomized=True,
     ),
     "magnet": DefenseEntry("MagNet", _magnet, {}, "magnet"),
     "pixel_defend": DefenseEntry("PixelDefend", _pixel_defend, {"epsilon": 16 / 255}, "pixel_cnn", "epsilon"),
@@ -191,7 +200,9 @@ DEFENSES: Mapping[str, DefenseEntry] = {
     "acsr": DefenseEntry("ACSR", _acsr, {**LMBDA, "reselect": 0}, "bundle", "lmbda"),
     "random_atoms": DefenseEntry("Random atoms", _random_atoms, LMBDA, "bundle", "lmbda"),
     "dct_atoms": DefenseEntry("DCT atoms", _dct_atoms, LMBDA, "bundle", "lmbda"),
-    "random_cluster": DefenseEntry("Random cluster", _random_cluster, LMBDA, "bundle", "lmbda"),
+    "random_cluster": DefenseEntry(
+        "Random cluster", _random_cluster, LMBDA, "bundle", "lmbda", randomized=True
+    ),
     "rank": DefenseEntry("Cluster of rank", _rank, {"rank": ..., **LMBDA}, "bundle", "rank"),
     "cluster": DefenseEntry("Cluster", _cluster, {"cluster": ..., **LMBDA}, "bundle", "cluster"),
     "low_band": DefenseEntry("Low band", _low_band, {}, "bundle"),

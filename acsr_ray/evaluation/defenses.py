@@ -103,6 +103,11 @@ class DefenseConfig(Described):
             raise ConfigError(f"{self.name} needs no artifact, got {self.artifact!r}")
         return self
 
+    @property
+    def randomized(self) -> bool:
+        """Whether the defence draws random numbers."""
+        return DEFENSES[self.name].randomized
+
     def given(self) -> dict[str, Any]:
         """Return the parameters that were set."""
         values = self.model_dump(exclude={"name", "artifact", "seed"})

@@ -90,9 +90,8 @@ class SweepAttack(Described):
 
     @property
     def random(self) -> bool:
-        """Whether another seed can give another result."""
-        drawn = self.attack.name in RANDOM or self.attack.is_torchattacks
-        return drawn or (self.adaptive and self.eot_samples > 1)
+        """Whether the attack draws random numbers; a random defence that it sees draws more."""
+        return self.attack.name in RANDOM or self.attack.is_torchattacks
 
     @model_validator(mode="after")
     def _check(self) -> Self:

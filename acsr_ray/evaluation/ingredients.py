@@ -1,6 +1,7 @@
 """What the presets are put together from: the paper's attacks at two kinds of budget, defences, controls."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from acsr_ray.attacks.calibration import PAPER_ATTACKED, PAPER_CLEAN
@@ -140,11 +141,20 @@ def acsr(place: Place, data: str, lmbdas: Sequence[float] = (0.1,)) -> list[Swee
     return coded("acsr", place.bundle_of(data), "ACSR", lmbdas)
 
 
-def size_caption(place: Place) -> str:
-    """Return what a reader must know of the variant."""
+def size_caption(place: Place, *data: str, cw: bool = True) -> str:
+    """Return what a reader must know of the variant.
+
+    Args:
+        place: variant and folders.
+        data: data sets of the grid, whose bundles are named.
+        cw: whether the paper's iterative attacks are in the grid.
+    """
+    bundles = ", ".join(dict.fromkeys(Path(place.bundle_of(name)).name for name in data))
     if not place.small:
-        return f"Full variant: full-width targets, the whole test split; bundle {place.bundle}. "
+        return f"Full variant: full-width targets, the whole test split; bundle {bundles}. "
+    stem = "" if set(data) == {"cifar10"} else " and first convolutions of stride 2 or 4"
+    steps = " BIM of 20 steps, CW of 50 steps without binary search." if cw else ""
     return (
-        f"Small variant: narrow targets, a seeded sample of the test split, bundle {place.bundle}, BIM of 20 "
-        "steps, CW of 50 steps without binary search. "
+        f"Small variant: targets of quarter width{stem}, a seeded sample of the test split; bundle "
+        f"{bundles}.{steps} "
     )

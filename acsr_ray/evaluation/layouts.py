@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from acsr_ray.attacks.threat import Norm
 from acsr_ray.evaluation.figures import (
     Reference,
     StrengthCurve,
@@ -15,7 +16,8 @@ from acsr_ray.evaluation.figures import (
     strength_figure,
     tradeoff_figure,
 )
-from acsr_ray.evaluation.grid import CLEAN, Grid
+from acsr_ray.evaluation.grid import CLEAN, Grid, SweepAttack
+from acsr_ray.evaluation.intervals import Share
 from acsr_ray.evaluation.quality import mean_psnr
 from acsr_ray.evaluation.report import Picture, Section
 from acsr_ray.evaluation.results import Cell
@@ -24,7 +26,7 @@ from acsr_ray.evaluation.statistics import macro_scores, mcnemar, paired_differe
 from acsr_ray.evaluation.summaries import (
     accuracy_table,
     equal_clean_table,
-    interpolated_table,
+    matched_table,
     shown_p_value,
 )
 from acsr_ray.evaluation.tables import Table
@@ -34,14 +36,12 @@ def _defense_sections(grid: Grid, scenes: Sequence[Scene], output: Path) -> list
     sections = []
     for scene in scenes:
         if grid.choose:
-            tables = (
-                *(equal_clean_table(scene, loss) for loss in grid.clean_loss),
-                *(interpolated_table(scene, loss) for loss in grid.clean_loss),
-            )
+            chosen = [equal_clean_table(scene, loss) for loss in grid.clean_loss]
+            matched = [matched_table(scene, grid.reference)] if grid.reference else []
             sections.append(
                 Section(
                     f"At equal clean accuracy: {scene.title}",
-                    tables=tables,
+                    tables=(*chosen, *matched),
                     figures=tuple(_tradeoffs(scene, output)),
                 )
             )
@@ -157,51 +157,66 @@ def _nearest_table(title: str, nearest: tuple[str, Cell], others: Sequence[tuple
 
 
 def _strength_sections(grid: Grid, scenes: Sequence[Scene], output: Path) -> list[Section]:
-    sections = []
-    for of_data in _by_data(scenes):
-        data, curves = of_data[0].data, []
-        for scene in of_data:
-            for defense in scene.defenses:
-                clean = scene.cell(CLEAN, defense.name)
-                points = [(0.0, clean.accuracy)] if clean is not None else []
-                for attack in grid.attacks:
-                    cell = scene.cell(attack.name, defense.name)
-                    if cell is not None and attack.attack.epsilon is not None:
-                        points.append((attack.attack.epsilon * 255, cell.accuracy))
-                curves.append(StrengthCurve(f"{scene.target}: {defense.name}", tuple(points)))
-        png = strength_figure(
-            curves,
-            title=f"{grid.title}: {data}",
-            budget_label="linf, /255",
-            svg=_svg(output, data),
+    return [
+        Section(
+            of_data[0].data,
+            tables=tuple(_block_tables(of_data)),
+            figures=tuple(
+                _strength_pictures(grid.attacks, of_data, f"{grid.title}: {of_data[0].data}", output)
+            ),
         )
-        tables = tuple(_block_tables(of_data))
-        sections.append(Section(data, tables=tables, figures=(Picture(data, png),)))
-    return sections
+        for of_data in _by_data(scenes)
+    ]
 
 
 def _adaptive_sections(grid: Grid, scenes: Sequence[Scene], output: Path) -> list[Section]:
-    sections = _defense_sections(grid, scenes, output)
-    figures = []
-    for scene in scenes:
-        curves = []
-        for defense in scene.defenses:
-            points = [
-                (attack.attack.epsilon * 255, cell.accuracy)
-                for attack in grid.attacks
-                if attack.block.startswith("White-box") and attack.attack.epsilon is not None
-                for cell in (scene.cell(attack.name, defense.name),)
-                if cell is not None
-            ]
-            if points:
-                curves.append(StrengthCurve(defense.name, tuple(points)))
+    seeing = [attack for attack in grid.attacks if attack.knowledge == "white_box"]
+    figures = [
+        picture
+        for scene in scenes
+        for picture in _strength_pictures(seeing, [scene], f"White-box strength, {scene.title}", output)
+    ]
+    return [
+        *_defense_sections(grid, scenes, output),
+        Section("White-box strength", figures=tuple(figures)),
+    ]
+
+
+def _strength_pictures(
+    attacks: Sequence[SweepAttack], scenes: Sequence[Scene], title: str, output: Path
+) -> Iterator[Picture]:
+    """Yield a picture of accuracy by budget for each kind of attack that has several budgets."""
+    kinds: dict[tuple[str, Norm, str], list[SweepAttack]] = {}
+    for attack in attacks:
+        config = attack.attack
+        if config.epsilon is not None and attack.calibrate_to is None:
+            kinds.setdefault((config.name, config.norm, attack.knowledge), []).append(attack)
+    several = {kind: found for kind, found in kinds.items() if len({a.attack.epsilon for a in found}) > 1}
+    for (name, norm, knowledge), found in several.items():
+        curves = [
+            StrengthCurve(f"{scene.target}: {defense.name}" if len(scenes) > 1 else defense.name, points)
+            for scene in scenes
+            for defense in scene.defenses
+            for points in (_strengths(scene, defense.name, found),)
+            # One point beside the clean one is no curve.
+            if len(points) > 2
+        ]
         if curves:
-            title = f"White-box strength, {scene.title}"
-            svg = _svg(output, title)
-            figures.append(
-                Picture(title, strength_figure(curves, title=title, budget_label="linf, /255", svg=svg))
-            )
-    return [*sections, Section("White-box strength", figures=tuple(figures))]
+            seen = "" if knowledge == "gray_box" else f" {knowledge.replace('_', ' ')}"
+            full = title if len(several) == 1 else f"{title}, {name} {norm}{seen}"
+            label = f"{norm.replace('_', ' ')}{', /255' if norm == 'linf' else ''}"
+            png = strength_figure(curves, title=full, budget_label=label, svg=_svg(output, full))
+            yield Picture(full, png)
+
+
+def _strengths(scene: Scene, defense: str, attacks: Sequence[SweepAttack]) -> tuple[tuple[float, Share], ...]:
+    clean = scene.cell(CLEAN, defense)
+    points = {} if clean is None else {0.0: clean.accuracy}
+    for attack in attacks:
+        cell, epsilon = scene.cell(attack.name, defense), attack.attack.epsilon
+        if cell is not None and epsilon is not None:
+            points[epsilon * (255 if attack.attack.norm == "linf" else 1)] = cell.accuracy
+    return tuple(sorted(points.items()))
 
 
 def _panel_sections(grid: Grid, scenes: Sequence[Scene], output: Path) -> list[Section]:

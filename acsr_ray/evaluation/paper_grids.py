@@ -77,14 +77,14 @@ def table2(place: Place) -> Grid:
     titles = {"alexnet": "AlexNet", "vgg16": "VGG-16", "resnet50": "ResNet-50", "googlenet": "GoogLeNet"}
     return Grid(
         title="Table 2: one purifier for four targets, CIFAR-10",
-        caption=size_caption(place) + "One f_rob and one bundle for all targets. " + PRETRAINED,
+        caption=size_caption(place, "cifar10") + "One f_rob and one bundle for all targets. " + PRETRAINED,
         layout="targets",
         data=(evaluation_data("cifar10", place, 200),),
         targets=(
             *(sweep_target(place, "cifar10", name, title) for name, title in titles.items()),
             _pretrained_vgg(place),
         ),
-        attacks=(*calibrated_attacks(place), *literal_attacks(place)),
+        attacks=(*calibrated_attacks(place), *literal_attacks(place), noise("relative_l2", 0.08)),
         defenses=(no_defense(), *acsr(place, "cifar10"), *controls(place, "cifar10")),
         chunk=50,
         reference="ACSR",
@@ -101,10 +101,10 @@ def table3(place: Place) -> Grid:
     data = "cifar10"
     return Grid(
         title="Table 3: defences on CIFAR-10, VGG-16",
-        caption=size_caption(place) + PRETRAINED,
+        caption=size_caption(place, data) + PRETRAINED,
         data=(evaluation_data(data, place, 200),),
         targets=(sweep_target(place, data, "vgg16", "VGG-16"), _pretrained_vgg(place)),
-        attacks=(*calibrated_attacks(place), *literal_attacks(place), noise("relative_l2", 0.04)),
+        attacks=(*calibrated_attacks(place), *literal_attacks(place), noise("relative_l2", 0.08)),
         defenses=(
             no_defense(),
             *acsr(place, data),
@@ -125,7 +125,7 @@ def table4(place: Place, size: int) -> Grid:
     images = 200 if size == 64 else 50
     return Grid(
         title=f"Table 4: defences on ImageNet-10 at {size} pixels, VGG-16",
-        caption=size_caption(place) + "PixelDefend and MagNet left out.",
+        caption=size_caption(place, data) + "PixelDefend and MagNet left out." + _without_literal(place),
         data=(evaluation_data(data, place, images, 100),),
         targets=(sweep_target(place, data, "vgg16", "VGG-16"),),
         attacks=tuple(_paper_attacks(place)),
@@ -144,8 +144,13 @@ def table4(place: Place, size: int) -> Grid:
 
 
 def _paper_attacks(place: Place) -> list[SweepAttack]:
-    """Return the calibrated attacks, and the literal ones where there is the time."""
-    return [*calibrated_attacks(place), *([] if place.small else literal_attacks(place))]
+    """Return the calibrated attacks, noise as large as any of them, and the literal ones if there is time."""
+    literal = [] if place.small else literal_attacks(place)
+    return [*calibrated_attacks(place), *literal, noise("relative_l2", 0.04 if place.small else 0.08)]
+
+
+def _without_literal(place: Place) -> str:
+    return " Literal budgets (B1) left out." if place.small else ""
 
 
 def table5(place: Place) -> Grid:
@@ -153,8 +158,11 @@ def table5(place: Place) -> Grid:
     data = "moderation5"
     return Grid(
         title="Table 5: a five-class content filter, dictionaries from CIFAR-10",
-        caption=size_caption(place)
-        + "Plain AlexNet and adversarially trained ResNet-50. The bundle never saw these images.",
+        caption=size_caption(place, data)
+        + "Plain AlexNet, and ResNet-50 adversarially trained at linf 4/255 "
+        + ("(single-step). " if place.small else "(10-step PGD). ")
+        + "The bundle never saw these images."
+        + _without_literal(place),
         layout="filter",
         data=(evaluation_data(data, place, 200, 100),),
         targets=(
@@ -173,7 +181,7 @@ def figure2(place: Place) -> Grid:
     data = "imagenet10-64"
     return Grid(
         title="Figure 2: before and after, ImageNet-10",
-        caption=size_caption(place),
+        caption=size_caption(place, data),
         layout="panels",
         data=(evaluation_data(data, place, 10),),
         targets=(sweep_target(place, data, "vgg16", "VGG-16"),),
@@ -197,7 +205,7 @@ def figure3(place: Place) -> Grid:
     ]
     return Grid(
         title="Figure 3: does the nearest cluster's dictionary matter?",
-        caption=size_caption(place)
+        caption=size_caption(place, data)
         + "CW images purified with every cluster's dictionary, by Mahalanobis rank; 1 is the nearest.",
         layout="ranks",
         data=(evaluation_data(data, place, 400),),
@@ -213,7 +221,7 @@ def figure4(place: Place) -> Grid:
     data = ("cifar10", "imagenet10-64")
     return Grid(
         title="Figure 4: accuracy against the strength of FGSM",
-        caption=size_caption(place) + "Epsilon is linf on [0, 1] pixels, in 255ths.",
+        caption=size_caption(place, *data, cw=False) + "Epsilon is linf on [0, 1] pixels, in 255ths.",
         layout="strengths",
         data=tuple(evaluation_data(name, place, 200 if name == "cifar10" else 100) for name in data),
         targets=tuple(

@@ -143,8 +143,10 @@ def plan_units(
                         DefendUnit(name, set_index, chunk_index, target, None, defense, grid.seeds[0], None)
                     )
                 for attack in grid.attacks if loaded.split == "test" else ():
-                    calibrated = budgets.get((loaded.data.name, target.name, attack.name), attack.attack)
-                    used = attack.model_copy(update={"attack": calibrated})
+                    used = attack
+                    if attack.calibrate_to is not None:
+                        budget = budgets[loaded.data.name, target.name, attack.name]
+                        used = attack.model_copy(update={"attack": budget})
                     source = _named(grid.targets, attack.source) if attack.source else target
                     crafted = (digest, target_digests[source.name])
                     count = _limited(attack, loaded.chunks[chunk_index])
@@ -169,10 +171,13 @@ def _met(
     """Yield the seeds and defences that an attack meets on a chunk of which it takes `count` images."""
     if count == 0:
         return
-    for seed in seeds if attack.random else seeds[:1]:
-        for defense in defenses:
-            if attack.defenses is None or defense.name in attack.defenses:
-                yield seed, defense
+    for defense in defenses:
+        if attack.defenses is not None and defense.name not in attack.defenses:
+            continue
+        # An attacker who sees a random defence tries other draws of it under every seed.
+        drawn = attack.random or (attack.adaptive and defense.config.randomized)
+        for seed in seeds if drawn else seeds[:1]:
+            yield seed, defense
 
 
 def _attack_key(

@@ -10,6 +10,17 @@ from acsr_ray.evaluation.grid import Grid, GridError
 
 Variant = Literal["small", "full"]
 
+DEFENSE_KINDS = {
+    "magnet": "magnet",
+    "pixel-cnn": "pixel_cnn",
+    "stl": "global_dictionary",
+    "patch-bank": "patch_bank",
+}
+"""Suffix of an artifact's folder -> kind of `train_defense`."""
+
+PRETRAINING = "imagenet10-64"
+"""Data set of the weights that the transfer-learning ablation starts from, and that its bundle is made of."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -112,26 +123,34 @@ def recipe(path: Path, place: Place) -> list[str]:
                 data, made = name.removesuffix(f"-{known}"), job_kind
         size = ["--image-size", str(image_size(data))]
         return [_command("train_defense", data, path, place, ["--kind", made, *size], validated=False)]
-    jobs = ("train_baseline", "learn_semantics", "train_robust", "build_bundle")
-    config = "imagenet10-small.yaml" if kind == "bundles" else "cifar10-small.yaml"
-    return [f"python jobs/{job}.py --config jobs/configs/{config}" for job in jobs]
+    return _bundle_commands(path, place)
+
+
+def _bundle_commands(bundle: Path, place: Place) -> list[str]:
+    """Return the four jobs that make a bundle; settings from a file, data and folders from the place."""
+    train, validation, _ = place.splits(PRETRAINING)
+    work = place.artifacts / bundle.name
+    folders = {name: str(work / name) for name in ("baseline", "semantics", "robust")}
+    seen, held_out = ["--train", *train], ["--validation", *validation]
+    made_of = {name: ["--" + name, folder] for name, folder in folders.items()}
+    flags = {
+        "train_baseline": [*seen, *held_out, "--output", folders["baseline"]],
+        "learn_semantics": [*seen, *made_of["baseline"], "--output", folders["semantics"]],
+        "train_robust": [
+            *(*seen, *held_out, *made_of["baseline"], *made_of["semantics"]),
+            *("--output", folders["robust"]),
+        ],
+        "build_bundle": [
+            *(*held_out, *made_of["baseline"], *made_of["semantics"], *made_of["robust"]),
+            *("--output", str(bundle)),
+        ],
+    }
+    config = ["--config", f"jobs/configs/{bundle.name}-small.yaml"]
+    return [shlex.join(["python", f"jobs/{job}.py", *config, *given]) for job, given in flags.items()]
 
 
 def _unless_there(path: Path, place: Place) -> list[str]:
     return [] if (path / "manifest.json").exists() else recipe(path, place)
-
-
-DEFENSE_KINDS = {
-    "magnet": "magnet",
-    "pixel-cnn": "pixel_cnn",
-    "stl": "global_dictionary",
-    "patch-bank": "patch_bank",
-}
-"""Suffix of an artifact's folder -> kind of `train_defense`."""
-
-
-PRETRAINING = "imagenet10-64"
-"""Data set of the weights that the transfer-learning ablation starts from."""
 
 
 def image_size(data: str) -> int:

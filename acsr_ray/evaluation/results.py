@@ -15,7 +15,15 @@ from acsr_ray.evaluation.grid import CLEAN
 from acsr_ray.evaluation.intervals import Share, wilson_share
 from acsr_ray.evaluation.plan import DefendUnit, EvaluationSet, Plan
 
-ATTACK_COLUMNS = ("float_prediction", "linf", "l2", "relative_l2", "attack_seconds")
+ATTACK_COLUMNS = {
+    "float_prediction": pa.int32(),
+    "linf": pa.float32(),
+    "l2": pa.float32(),
+    "relative_l2": pa.float32(),
+    "attack_seconds": pa.float32(),
+    "scaled_back": pa.bool_(),
+}
+"""What a row has from the attack on it; null for clean images."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,8 @@ class Cell:
     relative_l2: NDArray[np.float64]
     seconds: float
     attack_seconds: float
+    scaled_back: float
+    """Share of images whose float result lay outside the budget and was scaled back to it."""
     budget: str
     """Label of the attack as it was run, calibrated; empty for clean images."""
     first_file: str
@@ -118,16 +128,14 @@ def _unit_rows(plan: Plan, sets: Sequence[EvaluationSet], output: Path) -> Itera
     for unit in plan.defends:
         rows = pq.read_table(output / "outcomes" / f"{unit.fingerprint}.parquet")
         if unit.attacked_by is None:
-            for name in ATTACK_COLUMNS:
-                kind = pa.int32() if name == "float_prediction" else pa.float32()
+            for name, kind in ATTACK_COLUMNS.items():
                 rows = rows.append_column(name, pa.nulls(len(rows), kind))
         else:
             if unit.attacked_by not in attacked:
                 path = output / "adversarial" / f"{unit.attacked_by}.parquet"
                 attacked[unit.attacked_by] = pq.read_table(path, columns=["key", *ATTACK_COLUMNS])
             extra = attacked[unit.attacked_by]
-            for name in ATTACK_COLUMNS:
-                kind = pa.int32() if name == "float_prediction" else pa.float32()
+            for name, kind in ATTACK_COLUMNS.items():
                 rows = rows.append_column(name, extra[name].cast(kind))
         for name, value in _names(unit, sets).items():
             kind = pa.int64() if name == "seed" else pa.string()
@@ -167,7 +175,8 @@ def _cell(key: Key, rows: pa.Table) -> Cell:
     def floats(name: str) -> NDArray[np.float64]:
         return first[name].to_numpy().astype(np.float64)
 
-    attack_seconds = 0.0 if key.attack == CLEAN else float(floats("attack_seconds").mean())
+    attacked = key.attack != CLEAN
+    attack_seconds = float(floats("attack_seconds").mean()) if attacked else 0.0
     return Cell(
         key,
         images.astype(np.int64),
@@ -183,6 +192,7 @@ def _cell(key: Key, rows: pa.Table) -> Cell:
         floats("relative_l2"),
         float(floats("seconds").mean()),
         attack_seconds,
+        float(floats("scaled_back").mean()) if attacked else 0.0,
         first["budget"][0].as_py() or "",
         first["attacked_by"][0].as_py() or "",
     )

@@ -3,7 +3,6 @@
 Outcomes are arrays over the images of one split: `correct` is (N,) bool, `labels` (N,) int.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -150,28 +149,6 @@ def macro_scores(labels: ArrayLike, scores: ArrayLike) -> MacroScores:
     if len(present) > 1:
         auc = float(np.mean([roc_auc_score(truth == label, table[:, label]) for label in present]))
     return MacroScores(auc, float(f1), absent)
-
-
-def at_equal_clean(curve: Sequence[tuple[float, float]], clean: float) -> float | None:
-    """Return a defence's attacked accuracy at the strength where its clean accuracy is the one asked for.
-
-    Defences of different strengths can only be compared at an equal price. Between two strengths the line
-    that joins them is taken; of strengths with equal clean accuracy, the best.
-
-    Args:
-        curve: (clean accuracy, attacked accuracy) of each strength, in any order.
-        clean: the clean accuracy to compare at.
-
-    Returns:
-        None when no two strengths enclose `clean`: a value outside would be a guess.
-    """
-    best: dict[float, float] = {}
-    for price, gain in curve:
-        best[price] = max(gain, best.get(price, gain))
-    prices = sorted(best)
-    if not prices or not prices[0] <= clean <= prices[-1]:
-        return None
-    return float(np.interp(clean, prices, [best[price] for price in prices]))
 
 
 def _outcomes(correct: ArrayLike) -> NDArray[np.bool_]:

@@ -7,6 +7,7 @@ in front of it, so every target takes images (N, 3, H, W) in [0, 1] and gives lo
 
 import hashlib
 import importlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,6 +49,8 @@ MINIMUM_SIDE: Mapping[str, int] = {"alexnet": 4, "vgg16": 32}
 """Side in pixels behind the first convolution below which nothing is left to pool."""
 CLASS_LAYER = "fc."
 """The layer that depends on the number of classes; it is called so in every network of ours."""
+PROBE_SIDES = (32, 64, 224)
+"""Sides in pixels of the images that a user's model is asked about, to tell it from others."""
 DEFAULT_MEAN = (0.5, 0.5, 0.5)
 DEFAULT_STD = (0.25, 0.25, 0.25)
 
@@ -295,11 +298,33 @@ def _from_factory(location: str) -> Target:
 
 
 def _module_digest(location: str, model: nn.Module) -> str:
-    """Return a digest of a factory's name and of every parameter and buffer, also those not saved."""
+    """Return a digest of a factory's name, of every parameter and buffer, and of its answers to a probe.
+
+    The answers tell what no tensor does, a normalisation in plain numbers, say. Two digits of each logit
+    are the same on every machine, all but always.
+    """
     digest = hashlib.sha256(location.encode())
     for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()]):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         # As bytes, because NumPy has no bfloat16.
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy().tobytes())
+    digest.update(json.dumps(_probe(model)).encode())
     return digest.hexdigest()
+
+
+def _probe(model: nn.Module) -> list[str]:
+    """Return a model's logits for one image of usual sizes, roughly; a size it refuses gives none."""
+    answers = []
+    was_training = model.training
+    model.eval()
+    for side in PROBE_SIDES:
+        image = torch.rand((1, 3, side, side), generator=torch.Generator().manual_seed(0))
+        try:
+            with torch.no_grad():
+                logits = model(image)
+        except (RuntimeError, ValueError):
+            continue
+        answers.append(" ".join(f"{value:.2g}" for value in logits.flatten().tolist()))
+    model.train(was_training)
+    return answers

@@ -33,6 +33,12 @@ ATTACKS = [
         "calibrate_to": 0.5,
         "block": "B0",
     },
+    # The same attack under another name: it shares the calibration and every unit.
+    {
+        "name": "twin (B0)",
+        "attack": {"name": "fgsm", "norm": "relative_l2", "epsilon": 0.02},
+        "calibrate_to": 0.5,
+    },
     {"name": "PGD", "attack": PGD},
     {"name": "white-box", "attack": PGD, "knowledge": "white_box", "defenses": ["none", "ACSR"]},
 ]
@@ -105,14 +111,14 @@ def test_every_cell_is_there_with_its_files(swept):
     defenses = ("none", "JPEG 75", "ACSR")
     assert cells == {
         *((split, "clean", name) for split in ("test", "validation") for name in defenses),
-        *(("test", attack, name) for attack in ("FGSM (B0)", "PGD") for name in defenses),
+        *(("test", attack, name) for attack in ("FGSM (B0)", "twin (B0)", "PGD") for name in defenses),
         *(("test", "white-box", name) for name in ("none", "ACSR")),
     }
-    assert len(rows) == 3 * (IMAGES + 9) + (6 + 2) * IMAGES
+    assert len(rows) == 3 * (IMAGES + 9) + (9 + 2) * IMAGES
     # 4 chunks: two bare attacks shared by all defences, and one attack for each of two defences.
     assert len(list((output / "adversarial").iterdir())) == 4 * (2 + 2)
     assert len(list((output / "outcomes").iterdir())) == 3 * (4 + 3) + 4 * (6 + 2)
-    assert summary["units"] == 4 * 4 + 3 * 7 + 4 * 8
+    assert summary["units"] == 4 * 4 + 3 * 7 + 4 * 11
     assert summary["from the cache"] == 0
     assert len(list((output / "calibrations").iterdir())) == 1
     assert json.loads((output / "grid.json").read_text())["title"] == "A small sweep"
@@ -129,6 +135,8 @@ def test_the_calibrated_budget_is_the_one_that_is_used(swept):
     budgets = {row["budget"] for row in rows_of(output) if row["attack"] == "FGSM (B0)"}
     assert len(budgets) == 1
     assert f"{calibrated['epsilon']:.3g}".removeprefix("0") in budgets.pop()
+    twins = {row["budget"] for row in rows_of(output) if row["attack"] == "twin (B0)"}
+    assert {budget for budget in twins} == {f"FGSM l2rel {calibrated['epsilon']:.3g}".replace(" 0.", " .")}
     norms = [row["relative_l2"] for row in rows_of(output) if row["attack"] == "FGSM (B0)"]
     assert max(norms) < calibrated["epsilon"] + 0.02
 

@@ -13,15 +13,14 @@ from acsr_ray.attacks.rounding import round_to_pixels, rounding_slack
 from acsr_ray.attacks.run import run_attack
 from acsr_ray.corpus.images import to_unit_range
 from acsr_ray.defenses.base import Defense
+from acsr_ray.evaluation.attackers import craft, selection_distances
 from acsr_ray.evaluation.cells import (
     Chunk,
     attack_unit,
     calibrate_unit,
-    craft,
     defend_unit,
     defense_of,
     fingerprint,
-    selection_distances,
     stored_pixels,
     target_of,
 )
@@ -209,6 +208,12 @@ def test_white_box_needs_a_gradient_or_square(setup):
         return setup.classify(defense_of(jpeg, "cpu")(x))
 
     assert setup.loss(defended, images).mean() > setup.loss(defended, setup.images).mean()
+
+
+def test_an_ensemble_has_no_single_image_for_bpda(setup):
+    crops = defense_of(DefenseConfig(name="crop_ensemble", crops=3, crop=0.9), "cpu")
+    with pytest.raises(GridError, match="CropEnsemble classifies more than one image"):
+        setup.craft(crops, knowledge="bpda")
 
 
 def test_fixed_dictionaries_are_those_of_the_clean_images(setup):

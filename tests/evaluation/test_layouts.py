@@ -20,7 +20,7 @@ from acsr_ray.evaluation.summaries import (
     attack_table,
     choose_strengths,
     equal_clean_table,
-    interpolated_table,
+    matched_table,
 )
 from acsr_ray.evaluation.write_up import Calibration, write_results
 
@@ -99,6 +99,7 @@ def cell_rows(data, split, attack, defense, accuracy, count):
     }
     for name in ("linf", "l2", "relative_l2", "attack_seconds"):
         columns[name] = pa.array(np.full(count, 0.02, np.float32)) if attack else nulls
+    columns["scaled_back"] = pa.array((keys < 50) if attack else [None] * count, pa.bool_())
     words = {
         "data": data,
         "split": split,
@@ -151,7 +152,7 @@ KINDS = {
     "targets": {"attacks": BLOCKS, "data": ("toys", "photos"), "reference": "ACSR"},
     "filter": {"attacks": BLOCKS, "data": ("toys", "photos")},
     "ranks": {"attacks": BLOCKS[:1], "defenses": RANKS},
-    "strengths": {"attacks": BLOCKS, "data": ("toys", "photos")},
+    "strengths": {"attacks": [pgd("PGD 4", 4), pgd("PGD 8", 8)], "data": ("toys", "photos")},
     "adaptive": {"attacks": BLOCKS, "choose": True},
     "panels": {"attacks": BLOCKS[:1]},
 }
@@ -188,7 +189,8 @@ def test_a_layout_writes_tables_figures_and_the_report(layout, tmp_path, smooth_
     for path in figures:
         assert path.read_bytes().startswith(b"\x89PNG")
     # Only the family ACSR is shown, and only attacks that any defence may meet.
-    shown = 0 if layout == "ranks" else len(grid.data)
+    bare = [attack for attack in grid.attacks if not attack.adaptive]
+    shown = 0 if layout == "ranks" else len(grid.data) * len(bare)
     assert page.count('class="panel"') == shown
     if layout != "panels":
         assert "71.5 [" in page
@@ -350,22 +352,75 @@ def test_the_report_shows_its_warnings(tmp_path, smooth_pixels):
     assert 'class="warnings"' not in quiet.report.read_text()
 
 
-def test_interpolation_begins_at_no_defence():
-    accuracies = {
-        ("clean", "none"): 0.90,
+def test_the_reference_meets_the_rival_of_nearest_validation_accuracy():
+    defenses = [*DEFENSES, gaussian("fog .1", 0.1, "fog"), gaussian("fog .2", 0.2, "fog")]
+    validation = {
         ("clean", "ACSR .5"): 0.88,
         ("clean", "ACSR .8"): 0.80,
-        ("clean", "blur"): 0.89,
-        ("PGD", "none"): 0.10,
-        ("PGD", "ACSR .5"): 0.30,
-        ("PGD", "ACSR .8"): 0.70,
-        ("PGD", "blur"): 0.20,
+        ("clean", "blur"): 0.70,
+        ("clean", "fog .1"): 0.87,
+        ("clean", "fog .2"): 0.81,
     }
-    scene = scene_of(grid_of([pgd("PGD", 4)]), accuracies)
-    # Half way from nothing to the weaker, and half way between the two strengths.
-    assert column(interpolated_table(scene, 0.01), "PGD") == {"ACSR": "20.0", "blur": "20.0"}
-    assert column(interpolated_table(scene, 0.06), "PGD") == {"ACSR": "50.0"}
-    assert interpolated_table(scene, 0.5).rows == ()
+    # On the test split fog .2 would be the nearest to both; that must not matter.
+    accuracies = {
+        ("clean", "ACSR .5"): 0.88,
+        ("clean", "ACSR .8"): 0.86,
+        ("clean", "fog .1"): 0.70,
+        ("clean", "fog .2"): 0.87,
+        ("PGD", "ACSR .5"): 0.60,
+        ("PGD", "fog .1"): 0.40,
+        ("PGD", "fog .2"): 0.95,
+    }
+    grid = grid_of([pgd("PGD", 4)], defenses, reference="ACSR")
+    table = matched_table(Scene(grid, results_of(grid, accuracies, validation), "toys", "net"), "ACSR")
+    pairs = [row[:2] for row in table.rows]
+    assert pairs == [
+        ("ACSR .5", "blur"),
+        ("ACSR .5", "fog .1"),
+        ("ACSR .8", "blur"),
+        ("ACSR .8", "fog .2"),
+    ]
+    shown = dict(zip(pairs, table.rows, strict=True))
+    assert shown["ACSR .5", "fog .1"][2].startswith("+18.0 [+")
+    assert shown["ACSR .5", "fog .1"][3].startswith("+20.0 [+")
+    assert shown["ACSR .8", "fog .2"][3].startswith("-45.0 [-")
+
+
+@pytest.mark.parametrize(("near", "chosen"), [((0.87, 0.89), "fog .2"), ((0.89, 0.87), "fog .1")])
+def test_of_two_equally_near_rivals_the_more_accurate_is_met(near, chosen):
+    defenses = [*DEFENSES[:2], gaussian("fog .1", 0.1, "fog"), gaussian("fog .2", 0.2, "fog")]
+    grid = grid_of([], defenses, reference="ACSR")
+    validation = {
+        ("clean", "ACSR .5"): 0.88,
+        ("clean", "fog .1"): near[0],
+        ("clean", "fog .2"): near[1],
+    }
+    scene = Scene(grid, results_of(grid, {}, validation), "toys", "net")
+    assert [row[1] for row in matched_table(scene, "ACSR").rows] == [chosen]
+
+
+def test_curves_are_drawn_by_kind_of_attack_and_only_of_several_budgets(tmp_path, smooth_pixels):
+    attacks = [
+        pgd("1", 1, knowledge="white_box"),
+        pgd("2", 2, knowledge="white_box"),
+        pgd("gray 4", 4),
+        {"name": "l2", "attack": {"name": "pgd", "norm": "l2", "epsilon": 0.5}, "knowledge": "white_box"},
+        {"name": "l2 1", "attack": {"name": "pgd", "norm": "l2", "epsilon": 1.0}, "knowledge": "white_box"},
+        SQUARE,
+    ]
+    grid = grid_of(attacks, layout="adaptive")
+    sets = sets_of(grid, tmp_path, smooth_pixels(3, SIDE, SIDE, 0))
+    written = write_results(grid, sets, results_of(grid, {"clean": 0.9}), tmp_path, tmp_path / "out")
+    names = {path.stem for path in (tmp_path / "out" / "figures").glob("white-box*.png")}
+    assert names == {
+        "white-box-strength-toys-net-pgd-linf-white-box",
+        "white-box-strength-toys-net-pgd-l2-white-box",
+    }
+    assert (
+        "linf, /255"
+        in (tmp_path / "out/figures/white-box-strength-toys-net-pgd-linf-white-box.svg").read_text()
+    )
+    assert written.report.exists()
 
 
 def test_fewer_images_are_said_in_the_column():
@@ -397,7 +452,18 @@ def test_a_missed_calibration_is_a_warning_and_a_row(tmp_path, smooth_pixels):
 def test_checks_that_could_not_be_made_are_named():
     grid = grid_of([pgd("PGD", 4)])
     (text,) = unmade_checks([scene_of(grid, {})])
-    for missing in ("no noise", "fewer than two budgets", "no Square"):
+    for missing in ("noise of linf 0.0157", "fewer than two budgets", "no Square"):
         assert missing in text
-    whole = grid_of([NOISE, SQUARE, *WHITE])
+    loud = {"name": "loud", "attack": {"name": "noise", "epsilon": 0.2}}
+    whole = grid_of([loud, SQUARE, *WHITE])
     assert unmade_checks([scene_of(whole, {})]) == ()
+
+
+def test_noise_smaller_than_the_attack_checks_nothing():
+    grid = grid_of([NOISE, pgd("PGD", 4), pgd("stronger", 8), pgd("huge", 80)])
+    (text,) = unmade_checks([scene_of(grid, {})])
+    assert "noise of linf 0.0314 is harmless" in text
+    louder = {"name": "louder", "attack": {"name": "noise", "epsilon": 8 / 255}}
+    grid = grid_of([NOISE, louder, pgd("PGD", 4), pgd("stronger", 8), pgd("huge", 80)])
+    (text,) = unmade_checks([scene_of(grid, {})])
+    assert "noise" not in text

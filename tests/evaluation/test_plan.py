@@ -252,9 +252,12 @@ def test_what_the_attacker_knows_is_part_of_an_adaptive_attack(shards):
 
 
 def test_a_calibrated_budget_takes_the_place_of_the_grids(shards):
-    grid = grid_of(shards())
-    before, _ = plan_of(grid)
-    stronger = grid.attacks[0].attack.with_epsilon(0.07)
+    attacks = copy.deepcopy(CONTENT["attacks"])
+    attacks[0]["calibrate_to"] = 0.5
+    grid = grid_of(shards(), attacks=attacks)
+    first = grid.attacks[0].attack
+    before, _ = plan_of(grid, budgets={("toys", "net", "FGSM"): first})
+    stronger = first.with_epsilon(0.07)
     after, _ = plan_of(grid, budgets={("toys", "net", "FGSM"): stronger})
     assert {key[1] for key in differing(before, after)} == {"FGSM"}
     used = {unit.attack.attack.epsilon for unit in after.attacks if unit.attack.name == "FGSM"}
@@ -271,6 +274,27 @@ def test_seeds_repeat_only_what_draws_and_add_no_change_to_the_rest(shards):
         seeds.setdefault(name, set()).add(seed)
     assert seeds == {"FGSM": {0}, "PGD": {0, 1, 2}, "transfer": {0, 1, 2}, "white": {0, 1, 2}}
     assert {key[5] for key in defend_keys(three) if key[1] == "clean"} == {0}
+
+
+def test_a_seen_random_defence_is_drawn_anew_under_every_seed(shards):
+    defenses = [*CONTENT["defenses"], {"name": "SHIELD", "config": {"name": "shield"}}]
+    attack = {"name": "BPDA", "attack": {"name": "bim", "epsilon": 0.02, "steps": 2}, "knowledge": "bpda"}
+    attack["defenses"] = ["blur", "SHIELD"]
+    plan, _ = plan_of(
+        grid_of(shards(), defenses=defenses, attacks=[attack], seeds=[0, 1]),
+        defenses={**DEFENSES, "SHIELD": "d"},
+    )
+    seeds = {}
+    for unit in plan.attacks:
+        seeds.setdefault(unit.defense.name, set()).add(unit.seed)
+    assert seeds == {"blur": {0}, "SHIELD": {0, 1}}
+
+
+def test_a_calibrated_attack_without_its_budget_is_not_planned(shards):
+    attacks = copy.deepcopy(CONTENT["attacks"])
+    attacks[0]["calibrate_to"] = 0.5
+    with pytest.raises(KeyError):
+        plan_of(grid_of(shards(), attacks=attacks))
 
 
 def test_a_limit_takes_the_first_images_and_leaves_whole_chunks_in_the_cache(shards):

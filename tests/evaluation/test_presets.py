@@ -82,8 +82,9 @@ def test_commands_for_what_is_missing_parse_and_make_all_of_it(name, place, monk
         parsed = parse_job(getattr(importlib.import_module(module), settings), job, arguments)
         made.add(str(parsed.output))
         for shard in getattr(parsed, "train", ()):
-            assert Path(shard).name.startswith("train-") or "configs" in command
-    assert {str(path) for path in needed if "bundles" not in path.parts} <= made
+            assert Path(shard).name.startswith("train-")
+            assert Path(shard).is_relative_to(place.data)
+    assert {str(path) for path in needed} <= made
 
 
 def test_what_is_there_needs_no_command(place):

@@ -78,6 +78,7 @@ def attack_table(keys, floats, seed):
         "l2": (0.1 * keys + seed).astype(np.float32),
         "relative_l2": (0.001 * keys + seed).astype(np.float32),
         "attack_seconds": (0.5 + 0 * keys).astype(np.float32),
+        "scaled_back": keys % 2 == 0,
     }
 
 

@@ -1,4 +1,4 @@
-"""Paired tests, intervals, risk-coverage, macro scores and equal-clean interpolation."""
+"""Paired tests, intervals, risk-coverage and macro scores."""
 
 import math
 
@@ -10,7 +10,6 @@ from sklearn.metrics import roc_auc_score
 
 from acsr_ray.evaluation.intervals import wilson_share
 from acsr_ray.evaluation.statistics import (
-    at_equal_clean,
     macro_scores,
     mcnemar,
     paired_difference,
@@ -210,32 +209,3 @@ def test_one_class_has_no_auc():
 def test_scores_that_cannot_be_judged(labels, table, message):
     with pytest.raises(ValueError, match=message):
         macro_scores(labels, table)
-
-
-CURVE = [(0.9, 0.2), (0.7, 0.6), (0.8, 0.5)]
-
-
-@pytest.mark.parametrize(
-    ("clean", "expected"),
-    [(0.9, 0.2), (0.8, 0.5), (0.7, 0.6), (0.85, 0.35), (0.725, 0.575), (0.91, None), (0.69, None)],
-)
-def test_attacked_accuracy_at_equal_clean_accuracy(clean, expected):
-    found = at_equal_clean(CURVE, clean)
-    assert found == (None if expected is None else pytest.approx(expected))
-
-
-def test_of_strengths_at_one_price_the_best_counts():
-    assert at_equal_clean([(0.5, 0.1), (0.5, 0.4), (0.5, 0.3)], 0.5) == 0.4
-    assert at_equal_clean([], 0.5) is None
-
-
-@settings(deadline=None, max_examples=40)
-@given(
-    curve=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=6), clean=st.floats(0, 1)
-)
-def test_interpolation_stays_between_measured_values(curve, clean):
-    found = at_equal_clean(curve, clean)
-    prices = [price for price, _ in curve]
-    assert (found is None) == (not min(prices) <= clean <= max(prices))
-    if found is not None:
-        assert min(gain for _, gain in curve) - 1e-12 <= found <= max(gain for _, gain in curve) + 1e-12

@@ -325,6 +325,14 @@ FACTORY = """
     def other():
         return Mean(VALUE)
 
+    class Scaled(Mean):
+        # A normalisation that no tensor holds.
+        def forward(self, images):
+            return super().forward(images * NUMBER)
+
+    def scaled():
+        return Scaled(VALUE)
+
     def half():
         return Mean(VALUE).bfloat16()
 
@@ -372,6 +380,13 @@ def test_factory_digest_follows_what_it_computes(factories, monkeypatch):
 
     monkeypatch.setattr(module, "make", shifted)
     assert load_target(f"{factories}:make").digest != first
+
+
+def test_factory_digest_follows_what_only_code_says(factories, monkeypatch):
+    first = load_target(f"{factories}:scaled").digest
+    assert load_target(f"{factories}:scaled").digest == first
+    monkeypatch.setattr(importlib.import_module(factories), "NUMBER", 2)
+    assert load_target(f"{factories}:scaled").digest != first
 
 
 @pytest.mark.parametrize(
