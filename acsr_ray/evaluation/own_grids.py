@@ -23,7 +23,7 @@ def graybox(place: Place) -> Grid:
     """Every defence but the slow three, each at several strengths, against an attacker of the bare target."""
     data = "cifar10"
     bundle, stl = place.bundle_of(data), str(place.defense(data, "stl"))
-    few, many = (0.05, 0.1), (0.05, 0.07, 0.1, 0.14, 0.2)
+    few, many, more = (0.05, 0.1), (0.05, 0.1, 0.2), (0.05, 0.07, 0.1, 0.14, 0.2)
     harmless = noise("relative_l2", 0.04).model_copy(update={"images": 500})
     attacks = calibrated_attacks(place, ("FGSM .04", "BIM", "DF", "CW"))
     if place.small:
@@ -54,7 +54,7 @@ def graybox(place: Place) -> Grid:
         ),
         defenses=(
             no_defense(),
-            *coded("acsr", bundle, "ACSR", many),
+            *coded("acsr", bundle, "ACSR", more),
             *coded("stl", stl, "STL (one dictionary)", many),
             *coded("random_cluster", bundle, "random cluster", few),
             *coded("dct_atoms", bundle, "DCT atoms", few),
