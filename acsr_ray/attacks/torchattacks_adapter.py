@@ -100,7 +100,8 @@ def call_torchattacks(
         attack = _attack_classes()[name](module, **options)
         # A model without parameters tells no device.
         attack.set_device(images.device)
-        result: Tensor = attack(images, labels)
+        # Some of its attacks take views that only contiguous images and gradients allow.
+        result: Tensor = attack(images.contiguous(), labels)
     return result.detach().to(images).clamp(0, 1)
 
 

@@ -196,3 +196,17 @@ def test_all_attacks_of_the_package_are_known():
     assert len(names) >= 35
     for name in names:
         assert "model" not in resolve_options(AttackConfig(name=f"torchattacks.{name}"))
+
+
+@pytest.mark.parametrize("name", ["PGDL2", "PGD", "CW", "DeepFool"])
+def test_images_in_any_memory_layout(name, digits):
+    images, labels = digits.head(4)
+    # As shards give them: pixels first, channels last.
+    strided = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    assert not strided.is_contiguous()
+    options = {} if name in ("DeepFool",) else {"steps": 3}
+    config = AttackConfig(name=f"torchattacks.{name}", options=options)
+    found, expected = (
+        run_attack(config, digits.model, part, labels, seed=0).unrounded for part in (strided, images)
+    )
+    torch.testing.assert_close(found, expected)
