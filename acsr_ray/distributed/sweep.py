@@ -127,7 +127,7 @@ def sweep_attacks(settings: SweepAttacksSettings) -> dict[str, Any]:
     atomic_write(settings.output / "results.parquet", _parquet(results.table))
     written = write_results(grid, sets, results, runner.cache, settings.output, calibrations)
     return {
-        "units": len(plan.attacks) + len(plan.defends),
+        "units": len(plan.attacks) + len({unit.fingerprint for unit in plan.defends}),
         "from the cache": runner.cached,
         "minutes": round((time.perf_counter() - started) / 60, 1),
         "warnings": len(written.warnings),

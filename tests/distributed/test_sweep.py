@@ -118,7 +118,7 @@ def test_every_cell_is_there_with_its_files(swept):
     # 4 chunks: two bare attacks shared by all defences, and one attack for each of two defences.
     assert len(list((output / "adversarial").iterdir())) == 4 * (2 + 2)
     assert len(list((output / "outcomes").iterdir())) == 3 * (4 + 3) + 4 * (6 + 2)
-    assert summary["units"] == 4 * 4 + 3 * 7 + 4 * 11
+    assert summary["units"] == 4 * 4 + 3 * 7 + 4 * 8
     assert summary["from the cache"] == 0
     assert len(list((output / "calibrations").iterdir())) == 1
     assert json.loads((output / "grid.json").read_text())["title"] == "A small sweep"
