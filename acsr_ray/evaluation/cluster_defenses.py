@@ -4,7 +4,6 @@ Comparing them on one bundle tests the core claim, that the nearest cluster's di
 """
 
 from abc import abstractmethod
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -123,36 +122,6 @@ class FixedCluster(PurifierDefense):
     def choose(self, images: Tensor) -> Selection:
         """Return this cluster for all; see `PurifierDefense.choose`."""
         return _selection(torch.full((len(images),), self.cluster, device=images.device))
-
-
-@dataclass(frozen=True)
-class EveryCluster:
-    """Images purified with each of K clusters: `images` (K, N, 3, H, W), `order` and `distance` (N, K).
-
-    `order[n]` lists the clusters from the nearest to the farthest; `distance[n, k]` is the Mahalanobis
-    distance of image n to cluster k.
-    """
-
-    images: Tensor
-    order: Tensor
-    distance: Tensor
-
-    def at_rank(self, rank: int) -> Tensor:
-        """Return the images (N, 3, H, W) purified with their r-th nearest cluster, r from 1."""
-        return self.images[self.order[:, rank - 1], torch.arange(len(self.order))]
-
-
-@torch.no_grad()
-def purify_with_every_cluster(purifier: Purifier, images: Tensor) -> EveryCluster:
-    """Purify images (N >= 1, 3, H, W) with every cluster's dictionary; the encoder runs once."""
-    check_images(images)
-    images = images.to(purifier.device, torch.float32)
-    order, distance = rank_clusters(purifier, images)
-    purified = [
-        purifier.reconstruct(images, _selection(torch.full_like(order[:, 0], cluster))).images
-        for cluster in range(len(purifier.solvers))
-    ]
-    return EveryCluster(torch.stack(purified), order, distance)
 
 
 def rank_clusters(purifier: Purifier, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,14 +1,16 @@
 """Choices of the cluster: ACSR is the Purifier; ranks, random and fixed clusters use the bundle's own."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 
+from acsr_ray.clustering.selection import Selection
 from acsr_ray.evaluation.cluster_defenses import (
     FixedCluster,
     NearestCluster,
     RandomCluster,
     RankedCluster,
-    purify_with_every_cluster,
     rank_clusters,
 )
 from acsr_ray.purification.purifier import Purifier
@@ -28,7 +30,22 @@ def images(smooth_pixels):
 
 @pytest.fixture(scope="module")
 def every(purifier, images):
-    return purify_with_every_cluster(purifier, images)
+    """The images rebuilt by every cluster, (4, 12, 3, 16, 16), and each image's clusters by rank."""
+    nothing = torch.zeros(len(images))
+    rebuilt = [
+        purifier.reconstruct(images, Selection(torch.full((len(images),), k), nothing)).images
+        for k in range(4)
+    ]
+    order, _ = rank_clusters(purifier, images)
+    return Every(torch.stack(rebuilt), order)
+
+
+class Every(NamedTuple):
+    images: torch.Tensor
+    order: torch.Tensor
+
+    def at_rank(self, rank):
+        return self.images[self.order[:, rank - 1], torch.arange(len(self.order))]
 
 
 def test_acsr_is_the_purifier_and_the_first_rank(purifier, images, every):
