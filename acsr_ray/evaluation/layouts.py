@@ -123,10 +123,7 @@ def _rank_section(scene: Scene, attack: str, output: Path) -> Section | None:
         title=title,
         svg=_svg(output, title),
     )
-    # The next, a middle and the last rank, each once.
-    last = len(ranked) - 1
-    chosen = dict.fromkeys(rank for rank in (1, len(ranked) // 2, last) if 0 < rank <= last)
-    table = _nearest_table(title, ranked[0], [*others, *(ranked[rank] for rank in chosen)])
+    table = _nearest_table(title, ranked[0], [*others, *ranked[1:]])
     return Section(title, tables=(table,), figures=(Picture(title, png),))
 
 

@@ -18,6 +18,9 @@ DEFENSE_KINDS = {
 }
 """Suffix of an artifact's folder -> kind of `train_defense`."""
 
+SMALL_STEPS = {"magnet": 2500, "pixel_cnn": 8000}
+"""Gradient steps of the rivals that the small tables were measured with."""
+
 PRETRAINING = "imagenet10-64"
 """Data set of the weights that the transfer-learning ablation starts from, and that its bundle is made of."""
 
@@ -121,8 +124,11 @@ def recipe(path: Path, place: Place) -> list[str]:
         for known, job_kind in DEFENSE_KINDS.items():
             if name.endswith(f"-{known}"):
                 data, made = name.removesuffix(f"-{known}"), job_kind
-        size = ["--image-size", str(image_size(data))]
-        return [_command("train_defense", data, path, place, ["--kind", made, *size], validated=False)]
+        flags = ["--kind", made, "--image-size", str(image_size(data))]
+        steps = SMALL_STEPS.get(made) if place.small else None
+        if steps is not None:
+            flags += [f"--{made.replace('_', '-')}.steps", str(steps)]
+        return [_command("train_defense", data, path, place, flags, validated=False)]
     return _bundle_commands(path, place)
 
 
