@@ -316,7 +316,6 @@ def _module_digest(location: str, model: nn.Module) -> str:
 def _probe(model: nn.Module) -> list[str]:
     """Return a model's logits for one image of usual sizes, roughly; a size it refuses gives none."""
     answers = []
-    was_training = model.training
     model.eval()
     for side in PROBE_SIDES:
         image = torch.rand((1, 3, side, side), generator=torch.Generator().manual_seed(0))
@@ -326,5 +325,4 @@ def _probe(model: nn.Module) -> list[str]:
         except (RuntimeError, ValueError):
             continue
         answers.append(" ".join(f"{value:.2g}" for value in logits.flatten().tolist()))
-    model.train(was_training)
     return answers

@@ -400,3 +400,10 @@ def test_calibration_finds_the_share_of_clean_accuracy(setup):
 def test_fingerprints_tell_contents_apart_and_not_the_order_of_keys():
     assert fingerprint(["a", {"x": 1, "y": 2}]) == fingerprint(["a", json.loads('{"y": 2, "x": 1}')])
     assert len({fingerprint(parts) for parts in (["a"], ["a", None], ["a", 0], [0, "a"], [["a"]])}) == 5
+
+
+def test_results_outside_the_budget_are_marked(setup):
+    tight = attack(setup, attack={"name": "deepfool", "norm": "relative_l2", "epsilon": 1e-4, "steps": 20})
+    wide = attack(setup, attack={"name": "deepfool", "norm": "relative_l2", "epsilon": 5.0, "steps": 20})
+    assert all(tight["scaled_back"].to_pylist())
+    assert not any(wide["scaled_back"].to_pylist())

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from acsr_ray.corpus.images import encode_png
+from acsr_ray.evaluation import layouts
 from acsr_ray.evaluation.cells import Chunk
 from acsr_ray.evaluation.checks import scene_warnings, unmade_checks
 from acsr_ray.evaluation.grid import Grid
@@ -467,3 +468,39 @@ def test_noise_smaller_than_the_attack_checks_nothing():
     grid = grid_of([NOISE, louder, pgd("PGD", 4), pgd("stronger", 8), pgd("huge", 80)])
     (text,) = unmade_checks([scene_of(grid, {})])
     assert "noise" not in text
+
+
+def test_results_outside_the_budget_are_told():
+    grid = grid_of([pgd("PGD", 4)])
+    table = attack_table(scene_of(grid, {}))
+    # A quarter of the synthetic rows, for each defence the same attack.
+    assert dict(zip(table.header, table.rows[0], strict=True))["scaled back, %"] == "25"
+
+
+def test_every_rank_is_tested_against_the_nearest(tmp_path):
+    grid = grid_of([pgd("PGD", 4)], RANKS, layout="ranks")
+    (section, *_) = LAYOUTS["ranks"](grid, [scene_of(grid, {})], tmp_path)
+    others = [row[1] for row in section.tables[0].rows]
+    ranks = [defense["name"] for defense in RANKS if defense.get("family") == "rank"]
+    assert [name for name in others if name in ranks] == ranks[1:]
+
+
+def test_strengths_are_levels_of_255_in_linf_and_plain_in_l2(tmp_path, monkeypatch):
+    drawn = {}
+
+    def record(curves, *, title, budget_label, svg):
+        drawn[title] = (budget_label, [[budget for budget, _ in curve.points] for curve in curves])
+        return b""
+
+    monkeypatch.setattr(layouts, "strength_figure", record)
+    far = [{"name": f"l2 {e}", "attack": {"name": "pgd", "norm": "l2", "epsilon": e}} for e in (0.5, 1.0)]
+    for attacks in ([pgd("2", 2), pgd("8", 8), *far], [pgd("2", 2), pgd("8", 8), far[0]]):
+        grid = grid_of(attacks, [NONE], layout="strengths")
+        LAYOUTS["strengths"](grid, [scene_of(grid, {})], tmp_path)
+    two = {title: found for title, found in drawn.items() if "pgd" in title}
+    assert {label: points for label, points in two.values()} == {
+        "linf, /255": [[0, pytest.approx(2), pytest.approx(8)]],
+        "l2": [[0, 0.5, 1.0]],
+    }
+    # One kind alone needs no name.
+    assert drawn["Synthetic <sweep>: toys"][0] == "linf, /255"

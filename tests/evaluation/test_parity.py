@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from acsr_ray.config import ConfigError
+from acsr_ray.evaluation import parity
 from acsr_ray.evaluation.parity import (
     CompareAttacksSettings,
     Parity,
@@ -99,3 +100,12 @@ def test_the_table_shows_percents_and_ratios():
     settings = CompareAttacksSettings(target="t", test=("s",), output="out")
     table = parity_table([Parity("cw", 40, 0.005, 0.0125, 1.0123, 23.04)], settings)
     assert table.rows == (("cw", "40", "0.5", "1.2", "1.012", "23.0"),)
+
+
+def test_speed_is_their_time_over_ours_per_image(digits, monkeypatch):
+    images, labels = digits.head(30)
+    seconds = iter([2.0, 8.0, 1.0, 4.0, 3.0, 12.0])
+    monkeypatch.setattr(parity, "_timed", lambda call: (next(seconds), call()))
+    found = compare_pair("cw", PAIRS["cw"], digits.model, images, labels, count=2, repeats=3)
+    # Medians: 2 s for 30 images, 8 s for 2.
+    assert found.speed == pytest.approx((8 / 2) / (2 / 30))

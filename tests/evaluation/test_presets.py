@@ -147,3 +147,48 @@ def test_folders_without_a_split_say_how_to_make_it(tmp_path, names):
         (tmp_path / f"{name}.parquet").touch()
     with pytest.raises(GridError, match=r"jobs/prepare_corpus\.py"):
         find_splits(tmp_path)
+
+
+def made_by(name, place, artifact):
+    """Return the parsed settings of the command that makes an artifact of a preset."""
+    with pytest.raises(GridError) as error:
+        build(name, place)
+    for command in str(error.value).splitlines()[1:]:
+        _, script, *arguments = shlex.split(command)
+        job = Path(script).stem
+        module, settings, _ = ENTRY_POINTS[job]
+        parsed = parse_job(getattr(importlib.import_module(module), settings), job, arguments)
+        if parsed.output == artifact:
+            return parsed
+    raise AssertionError(f"no command makes {artifact}")
+
+
+@pytest.mark.parametrize("place", VARIANTS, indirect=True)
+def test_the_pretrained_target_differs_from_the_other_in_its_start_alone(place, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    scratch = made_by("table 3", place, place.target("cifar10", "vgg16"))
+    pretrained = made_by("table 3", place, place.target("cifar10", "vgg16", "-pre"))
+    assert pretrained.init_weights == place.target("imagenet10-64", "vgg16")
+    assert scratch.init_weights is None
+    same = {"output": scratch.output, "init_weights": None}
+    assert pretrained.model_copy(update=same) == scratch
+
+
+@pytest.mark.parametrize(
+    ("place", "steps"), [("small", (2500, 8000)), ("full", (3000, 6000))], indirect=["place"]
+)
+def test_rivals_of_the_small_tables_are_those_that_were_measured(place, steps, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    magnet = made_by("table 3", place, place.defense("cifar10", "magnet"))
+    pixel_cnn = made_by("table 3", place, place.defense("cifar10", "pixel-cnn"))
+    assert (magnet.magnet.steps, pixel_cnn.pixel_cnn.steps) == steps
+
+
+def test_captions_name_the_bundles_that_purify(place):
+    for name, bundles in {
+        "table 3": "bundle cifar10-small.",
+        "table 4": "bundle imagenet10.",
+        "table 5": "bundle cifar10-small.",
+        "figure 4": "bundle cifar10-small, imagenet10.",
+    }.items():
+        assert bundles in PRESETS[name](place).caption

@@ -139,6 +139,7 @@ def test_scores_and_norms_are_the_first_seeds(written):
     np.testing.assert_allclose(cell.psnr, 30 + np.arange(5), atol=1e-5)
     assert cell.seconds == pytest.approx(0.3)
     assert cell.attack_seconds == pytest.approx(0.5)
+    assert cell.scaled_back == pytest.approx(0.6)
     assert (cell.budget, cell.first_file) == ("PGD linf 8/255 x20", "attack-0-0")
 
 
