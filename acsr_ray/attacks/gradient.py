@@ -63,6 +63,13 @@ def cross_entropy_of(model: Model, labels: Tensor) -> Callable[[Tensor], Tensor]
     return lambda images: F.cross_entropy(model(images), labels, reduction="sum")
 
 
+def divergence_from(model: Model, images: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return the summed KL(p(x) || p(x')) from the images' predictions as a function of other images x'."""
+    with torch.no_grad():
+        clean = F.log_softmax(model(images), 1)
+    return lambda moved: F.kl_div(F.log_softmax(model(moved), 1), clean, reduction="sum", log_target=True)
+
+
 def fgsm(model: Model, images: Tensor, labels: Tensor, *, threat: ThreatModel) -> Tensor:
     """Take one step along the gradient's sign to the surface of the ball (Goodfellow et al. 2015).
 
@@ -100,15 +107,9 @@ def tpgd(
     model: Model, images: Tensor, *, threat: ThreatModel, steps: int, step_size: float, draws: Draws
 ) -> Tensor:
     """Maximise KL(p(x) || p(x')): away from the clean prediction, no label (Zhang et al. 2019, TRADES)."""
-    with torch.no_grad():
-        clean = F.log_softmax(model(images), 1)
-
-    def divergence(adversarial: Tensor) -> Tensor:
-        logs = F.log_softmax(model(adversarial), 1)
-        return F.kl_div(logs, clean, reduction="sum", log_target=True)
-
     start = threat.project(images + TPGD_START * draws.normal(images.shape[1:], 0).to(images), images)
-    return ascend(divergence, start, images, threat=threat, steps=steps, step_size=step_size)
+    loss = divergence_from(model, images)
+    return ascend(loss, start, images, threat=threat, steps=steps, step_size=step_size)
 
 
 def noise(images: Tensor, *, threat: ThreatModel, draws: Draws) -> Tensor:

@@ -18,7 +18,7 @@ def pgd(
     threat: ThreatModel,
     steps: int,
     step_size: float,
-    generator: torch.Generator | None,
+    start: Tensor,
 ) -> Tensor:
     """Maximise the cross-entropy of the labels within a threat model.
 
@@ -29,12 +29,11 @@ def pgd(
         threat: the set to stay in.
         steps: gradient steps; 1 is the single-step attack.
         step_size: length of a step in the threat's norm.
-        generator: source of the random start; None starts at the images.
+        start: (N, 3, H, W) inside the set, such as `threat.random_start`.
 
     Returns:
         Adversarial images of the same shape, detached.
     """
-    start = images if generator is None else threat.random_start(images, generator)
     loss = cross_entropy_of(model, labels)
     return ascend(loss, start, images, threat=threat, steps=steps, step_size=step_size)
 
@@ -61,15 +60,15 @@ def attack_pixels(
     parts = []
     for start in range(0, len(pixels), EVALUATION_BATCH):
         end = start + EVALUATION_BATCH
-        images = torch.from_numpy(np.moveaxis(pixels[start:end], -1, 1).astype(np.float32) / 255)
+        images = torch.from_numpy(np.moveaxis(pixels[start:end], -1, 1).astype(np.float32) / 255).to(device)
         adversarial = pgd(
             model,
-            images.to(device),
+            images,
             torch.as_tensor(labels[start:end]).to(device),
             threat=threat,
             steps=10,
             step_size=threat.epsilon / 4,
-            generator=None,
+            start=images,
         )
         parts.append((adversarial * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy())
     return np.concatenate(parts)
