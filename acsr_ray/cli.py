@@ -13,15 +13,15 @@ from acsr_ray.config import JOBS, AcsrError, JobSettings, did_you_mean, parse_jo
 # job -> (module, settings class, function); imported only when the job runs, so --help stays quick.
 ENTRY_POINTS: Mapping[str, tuple[str, str, str]] = {
     "prepare_corpus": ("acsr_ray.corpus.archives", "PrepareCorpusSettings", "prepare_corpus"),
-    "train_baseline": ("acsr_ray.training.baseline", "TrainBaselineSettings", "train_baseline"),
+    "train_baseline": ("acsr_ray.distributed.training", "TrainBaselineSettings", "train_baseline"),
     "learn_semantics": (
         "acsr_ray.distributed.semantics",
         "LearnSemanticsSettings",
         "learn_semantics",
     ),
-    "train_robust": ("acsr_ray.training.robust", "TrainRobustSettings", "train_robust"),
+    "train_robust": ("acsr_ray.distributed.training", "TrainRobustSettings", "train_robust"),
     "build_bundle": ("acsr_ray.distributed.bundling", "BuildBundleSettings", "build_bundle"),
-    "train_target": ("acsr_ray.training.target", "TrainTargetSettings", "train_target"),
+    "train_target": ("acsr_ray.distributed.training", "TrainTargetSettings", "train_target"),
     "train_defense": ("acsr_ray.training.defense", "TrainDefenseSettings", "train_defense"),
     "compare_attacks": ("acsr_ray.evaluation.parity", "CompareAttacksSettings", "compare_attacks"),
     "sweep_attacks": ("acsr_ray.distributed.sweep", "SweepAttacksSettings", "sweep_attacks"),

@@ -37,6 +37,12 @@ from acsr_ray.distributed.dictionaries import DictionaryConfig
 from acsr_ray.distributed.purify import PurifyCorpusSettings, purify_corpus
 from acsr_ray.distributed.runtime import ray_session
 from acsr_ray.distributed.semantics import LearnSemanticsSettings, learn_semantics
+from acsr_ray.distributed.training import (
+    TrainBaselineSettings,
+    TrainRobustSettings,
+    train_baseline,
+    train_robust,
+)
 from acsr_ray.evaluation.intervals import wilson_share
 from acsr_ray.evaluation.panels import draw_panel, magnified_difference
 from acsr_ray.evaluation.report import Panel, Section, html_report
@@ -44,12 +50,14 @@ from acsr_ray.evaluation.tables import Table
 from acsr_ray.models.small_cnn import SmallCnn
 from acsr_ray.sparse.cbpdn import CbpdnConfig
 from acsr_ray.sparse.cdl import CdlConfig
-from acsr_ray.training.baseline import TrainBaselineSettings, train_baseline
 from acsr_ray.training.loop import OptimizerConfig, fit, predict
-from acsr_ray.training.robust import InnerAttack, TrainRobustSettings, train_robust
+from acsr_ray.training.objectives import InnerAttack
+from acsr_ray.training.settings import RunSettings
 
 logger = logging.getLogger(__name__)
 
+HERE = RunSettings(workers=0, lanes=4)
+"""A minute of training is not worth a worker of its own."""
 EPSILON = 16 / 255
 ATTACKS = {
     "FGSM": AttackConfig(name="torchattacks.FGSM", options={"eps": EPSILON}),
@@ -138,6 +146,7 @@ def build_digits_bundle(root: Path, splits: dict[str, Split], settings: PurifyCo
             output=work / "baseline",
             architecture="wrn-10-1",
             optimizer=optimizer,
+            run=HERE,
             **where,
         )
     )
@@ -163,6 +172,7 @@ def build_digits_bundle(root: Path, splits: dict[str, Split], settings: PurifyCo
             output=work / "robust",
             attack=InnerAttack(kind="single_step", norm="linf", epsilon=EPSILON),
             optimizer=optimizer.model_copy(update={"peak_lr": 0.05}),
+            run=HERE,
             **where,
         )
     )

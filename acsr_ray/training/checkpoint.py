@@ -4,6 +4,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from acsr_ray.artifacts import ArtifactError, load_artifact, load_tensors, save_tensor_artifact
 from acsr_ray.training.loop import Stepper
 
@@ -27,7 +29,22 @@ class Position:
     """Of the steps of the unfinished epoch."""
 
 
-def save_checkpoint(directory: Path, stepper: Stepper, position: Position, identity: str) -> None:
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint tells without its tensors."""
+
+    position: Position
+    metrics: dict[str, Any] | None
+    """Closing metrics; None until the run is over."""
+
+
+def save_checkpoint(
+    directory: Path,
+    stepper: Stepper,
+    position: Position,
+    identity: str,
+    metrics: dict[str, Any] | None = None,
+) -> None:
     """Write the state of a run.
 
     Args:
@@ -35,13 +52,14 @@ def save_checkpoint(directory: Path, stepper: Stepper, position: Position, ident
         stepper: model, optimiser and averaged weights.
         position: where the run stands.
         identity: digest of what decides the run; another run refuses the checkpoint.
+        metrics: closing metrics, when the run is over.
     """
-    content = {"identity": identity, "position": asdict(position)}
+    content = {"identity": identity, "position": asdict(position), "metrics": metrics}
     save_tensor_artifact(directory, KIND, STATE, stepper.tensors(), content)
 
 
-def read_position(directory: Path, identity: str) -> Position:
-    """Check a checkpoint, every byte of it, and return where it stands.
+def read_checkpoint(directory: Path, identity: str) -> Checkpoint:
+    """Check a checkpoint, every byte of it, and return where the run stood.
 
     Raises:
         ArtifactError: it is incomplete, was changed, or belongs to a run with other settings or data.
@@ -50,9 +68,17 @@ def read_position(directory: Path, identity: str) -> Position:
     if manifest.get("identity") != identity:
         raise ArtifactError(f"{directory} belongs to a run with other settings or data")
     fields = manifest["position"]
-    return Position(**{**fields, "losses": tuple(fields["losses"])})
+    position = Position(**{**fields, "losses": tuple(fields["losses"])})
+    return Checkpoint(position, manifest.get("metrics"))
 
 
 def restore_checkpoint(directory: Path, stepper: Stepper, position: Position) -> None:
-    """Load what `read_position` checked."""
+    """Load what `read_checkpoint` checked."""
     stepper.restore(load_tensors(directory / STATE), position.taken)
+
+
+def final_weights(directory: Path) -> dict[str, Tensor]:
+    """Return the weights that a finished run saves: the averaged ones where there are some."""
+    tensors = load_tensors(directory / STATE)
+    kind = "averaged." if any(name.startswith("averaged.") for name in tensors) else "model."
+    return {name.removeprefix(kind): t for name, t in tensors.items() if name.startswith(kind)}

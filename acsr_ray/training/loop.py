@@ -1,6 +1,7 @@
 """What every training shares: settings, augmentation, a step of SGD with its schedule, `fit` in memory."""
 
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from acsr_ray.config import Described
 from acsr_ray.corpus.images import Pixels, to_unit_range
+
+logger = logging.getLogger(__name__)
 
 EVALUATION_BATCH = 250
 
@@ -237,3 +240,8 @@ def resolve_device(device: str) -> str:
     if device != "auto":
         return device
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def log_epoch(stats: EpochStats) -> None:
+    """Log one epoch's loss and time."""
+    logger.info("epoch %d: loss %.4f, %.0f s", stats.epoch, stats.loss, stats.elapsed_s)

@@ -58,8 +58,9 @@ class Objective(Protocol):
         """Return what `loss` needs per row beside images and labels, each (n, ...), on CPU."""
         ...
 
-    def loss(self, images: Tensor, labels: Tensor, *extras: Tensor) -> Tensor:
-        """Return the mean loss of some rows, on the model's device."""
+    @property
+    def loss(self) -> Callable[..., Tensor]:
+        """(images, labels, *extras) of some rows, on the model's device, to their mean loss."""
         ...
 
 

@@ -8,7 +8,6 @@ worker or eight made it, and after a kill any step of any epoch can be found aga
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,13 +65,14 @@ class Order:
         """Rows that a lane gives to a step."""
         return self.batch_size // self.lanes
 
-    @cached_property
-    def steps_per_epoch(self) -> int:
-        """Steps of every epoch, whatever its deal: as many as the least favourable deal surely allows."""
-        largest = max(self.unit_rows)
-        # Dealt to the shortest lane each time, no two lanes differ by more than one unit.
-        shortest = (sum(self.unit_rows) - (self.lanes - 1) * largest) // self.lanes
-        steps = max(shortest, 0) // self.lane_batch
+    def steps(self, epoch: int) -> int:
+        """Return the steps of an epoch: as many as its shortest lane can serve.
+
+        Raises:
+            ValueError: not even one.
+        """
+        rows = [sum(self.unit_rows[unit] for unit in lane) for lane in self.deal(epoch)]
+        steps = min(rows) // self.lane_batch
         if not steps:
             raise ValueError(
                 f"{sum(self.unit_rows)} images in {len(self.unit_rows)} units do not fill a batch of "
@@ -114,7 +114,7 @@ class Order:
         streams = {lane: self.windows(epoch, lane, dealt[lane]) for lane in lanes}
         skipped = dict.fromkeys(lanes, first * self.lane_batch)
         held = dict.fromkeys(lanes, 0)
-        for index in range(first, self.steps_per_epoch):
+        for index in range(first, self.steps(epoch)):
             for lane in lanes:
                 while held[lane] < self.lane_batch:
                     window = next(streams[lane])

@@ -1,25 +1,38 @@
 """One training run in plain torch: what a worker does with its batches, wherever they come from."""
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from acsr_ray.corpus.labelled import LabelledImages, read_labelled
 from acsr_ray.corpus.units import Unit
-from acsr_ray.training.feed import AUGMENTATION, Batch
-from acsr_ray.training.loop import OptimizerConfig, Stepper, augment
+from acsr_ray.training.feed import AUGMENTATION, Batch, batches, decode_unit, needed_units
+from acsr_ray.training.loop import EpochStats, OptimizerConfig, Stepper, augment, log_epoch
 from acsr_ray.training.objectives import Objective
-from acsr_ray.training.order import Step
+from acsr_ray.training.order import Order, Step
 
 
 class Training(Protocol):
     """What is trained: a network, its loss, and how. Small and picklable; it travels to every worker."""
 
-    optimizer: OptimizerConfig
-    seed: int
-    image_size: int
+    @property
+    def optimizer(self) -> OptimizerConfig:
+        """Schedule and optimiser."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Fixes everything random."""
+        ...
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the square images."""
+        ...
 
     def build(self) -> nn.Module:
         """Return the network with its initial weights, the same in every worker."""
@@ -31,6 +44,14 @@ class Training(Protocol):
 
     def objective(self, model: nn.Module, network: nn.Module, units: Sequence[Unit]) -> Objective:
         """Return the loss, its constants on the model's device."""
+        ...
+
+    def closing_metrics(self, model: nn.Module, held_out: LabelledImages, device: str) -> dict[str, float]:
+        """Return what the artifact records of the trained network on validation images."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Return everything that decides the run but its data, as JSON values."""
         ...
 
 
@@ -63,6 +84,39 @@ def train_steps(
             parts = zip(*(column.chunk(config.accumulate) for column in columns), strict=True)
             loss = stepper.update([partial(objective.loss, *part) for part in parts])
         yield batch.step, loss
+
+
+def train_here(
+    training: Training, units: Sequence[Unit], order: Order, validation: Sequence[str], device: str
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Train in this process, without checkpoints; return the weights to save and the closing metrics.
+
+    The batches are those of a distributed run.
+    """
+    lanes, epochs = range(order.lanes), training.optimizer.epochs
+    steps = [order.steps(epoch) for epoch in range(epochs)]
+    where = torch.device(device)
+    model = training.build().to(where).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = training.network(model)
+    stepper = Stepper(model, training.optimizer, sum(steps))
+    objective = training.objective(model, network, units)
+    means: list[float] = []
+    for epoch in range(epochs):
+        started, losses = time.perf_counter(), 0.0
+        events = list(order.events(lanes, epoch))
+        decoded = (decode_unit(units[unit], training.image_size) for unit in needed_units(events))
+        fed = batches(order, lanes, events, decoded)
+        for _, loss in train_steps(training, objective, stepper, fed, where):
+            losses += loss.item()
+        means.append(losses / steps[epoch])
+        log_epoch(EpochStats(epoch + 1, means[-1], time.perf_counter() - started))
+    model.load_state_dict(stepper.weights())
+    model.eval()
+    metrics: dict[str, Any] = {}
+    if validation:
+        held_out = read_labelled(validation, training.image_size)
+        metrics |= training.closing_metrics(model, held_out, device)
+    return model.state_dict(), {**metrics, "epoch_losses": means}
 
 
 def augmented_batch(batch: Batch, config: OptimizerConfig, seed: int) -> Batch:

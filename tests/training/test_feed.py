@@ -52,7 +52,7 @@ def test_no_image_comes_twice_in_an_epoch(order):
             for batch in follow(order, (0, 1, 2, 3), [epoch])
             for pair in zip(batch.units, batch.rows, strict=True)
         ]
-        assert len(set(origin)) == len(origin) == 8 * order.steps_per_epoch
+        assert len(set(origin)) == len(origin) == 8 * order.steps(epoch)
 
 
 def test_two_workers_see_what_one_sees(order):
