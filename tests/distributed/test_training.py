@@ -1,8 +1,16 @@
 """Training on Ray: the same run for one worker and two, and through kills."""
 
+import contextlib
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from acsr_ray.artifacts import load_tensors
@@ -12,6 +20,8 @@ from acsr_ray.training.loop import OptimizerConfig
 from acsr_ray.training.settings import RunSettings
 
 pytestmark = pytest.mark.ray
+
+JOB = Path(__file__).parents[2] / "jobs" / "train_target.py"
 
 SIDE = 32
 SCHEDULE = OptimizerConfig(epochs=3, batch_size=24, peak_lr=0.02, crop_padding=2)
@@ -61,9 +71,85 @@ def test_workers_make_the_run_of_one_process(workers, alone, shards, tmp_path, r
     assert found["validation_accuracy"] == pytest.approx(metrics["validation_accuracy"], abs=0.04)
     assert len(found["epoch_losses"]) == 3
     assert found["epoch_losses"] == pytest.approx(metrics["epoch_losses"], rel=1e-3)
-    weights, expected = (load_tensors(folder / "weights.safetensors") for folder in (tmp_path / "target", output))
+    weights, expected = (
+        load_tensors(folder / "weights.safetensors") for folder in (tmp_path / "target", output)
+    )
     assert weights.keys() == expected.keys()
     for name, tensor in expected.items():
         np.testing.assert_allclose(weights[name], tensor, atol=2e-3, err_msg=name)
     manifest = json.loads((tmp_path / "target" / "manifest.json").read_text())
     assert manifest["metrics"]["train_images"] == 240
+
+
+def train_processes(driver: int) -> list[psutil.Process]:
+    """Return the training workers that a driver's local Ray has started."""
+    found = []
+    for process in psutil.Process(driver).children(recursive=True):
+        try:
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def start(shards, output, **options):
+    """Start the job as a program and return its process."""
+    arguments = [
+        *("--train", shards[0], "--validation", shards[1], "--output", str(output)),
+        *("--architecture", "small_cnn", "--image-size", str(SIDE), "--device", "cpu"),
+        *("--optimizer.epochs", "3", "--optimizer.batch-size", "24", "--optimizer.peak-lr", "0.02"),
+        *("--optimizer.crop-padding", "2", "--run.workers", "2", "--run.lanes", "4"),
+        *("--run.window-rows", "64", "--run.threads", "1", "--run.cpus-per-worker", "0.5"),
+        *("--run.checkpoint-steps", "2", "--ray.object-store-megabytes", "100"),
+        *(f"--run.{name.replace('_', '-')}={value}" for name, value in options.items()),
+    ]
+    environment = {**os.environ, "RAY_worker_niceness": "0"}
+    return subprocess.Popen([sys.executable, str(JOB), *arguments], env=environment, stderr=subprocess.PIPE)
+
+
+def wait_for(condition, seconds=120):
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends:
+        if found := condition():
+            return found
+        time.sleep(0.05)
+    raise TimeoutError
+
+
+def checkpoints(output):
+    return sorted((output.parent / ".runs").glob("*/checkpoint_*/manifest.json"))
+
+
+@pytest.mark.slow
+def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint_and_no_more(alone, shards, tmp_path):
+    metrics, _ = alone
+    output = tmp_path / "target"
+    job = start(shards, output)
+    wait_for(lambda: checkpoints(output))
+    os.kill(train_processes(job.pid)[-1].pid, signal.SIGKILL)
+    _, log = job.communicate(timeout=240)
+    assert job.returncode == 0, log.decode()
+    found = json.loads((output / "manifest.json").read_text())["metrics"]
+    assert found["epoch_losses"] == pytest.approx(metrics["epoch_losses"], rel=1e-3)
+    assert found["validation_accuracy"] == pytest.approx(metrics["validation_accuracy"], abs=0.04)
+
+
+@pytest.mark.slow
+def test_a_killed_driver_goes_on_and_passes_over_a_damaged_checkpoint(alone, shards, tmp_path):
+    metrics, _ = alone
+    output = tmp_path / "target"
+    job = start(shards, output)
+    wait_for(lambda: len(checkpoints(output)) > 1)
+    family = psutil.Process(job.pid).children(recursive=True)
+    for process in [psutil.Process(job.pid), *family]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    job.communicate()
+    newest = checkpoints(output)[-1].parent / "state.safetensors"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    job = start(shards, output)
+    _, log = job.communicate(timeout=240)
+    assert job.returncode == 0, log.decode()
+    found = json.loads((output / "manifest.json").read_text())["metrics"]
+    assert found["epoch_losses"] == pytest.approx(metrics["epoch_losses"], rel=1e-3)
