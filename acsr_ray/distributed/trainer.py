@@ -12,7 +12,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from torch import Tensor
 
 from acsr_ray.artifacts import json_digest
-from acsr_ray.config import AcsrError, Device
+from acsr_ray.config import AcsrError, ConfigError, Device
 from acsr_ray.distributed.runtime import RaySettings, ResourceError, cluster_resources, ray_session
 from acsr_ray.distributed.training_worker import WorkerTask, train_worker
 from acsr_ray.training.checkpoint import final_weights, read_checkpoint
@@ -79,22 +79,16 @@ def run_training(
         ResourceError: the cluster has too little for the workers.
         TrainingError: the run failed too often.
     """
-    order = Order(
-        tuple(unit.num_rows for unit in shards.units),
-        training.optimizer.batch_size,
-        run.lanes,
-        max(1, run.window_rows // run.lanes),
-        training.seed,
-    )
-    order.steps(0)
     if run.workers == 0:
+        order = training_order(training, shards, run, 1)
         weights, metrics = train_here(training, shards.units, order, validation, resolve_device(device))
         return Trained(weights, metrics)
-    identity = run_identity(training, shards, order)
-    name = run.name or f"{output.name}-{identity[:8]}"
     storage = run.storage or str(output.resolve().parent / ".runs")
     with ray_session(settings):
         placement = place_workers(device, run)
+        order = training_order(training, shards, run, placement.workers)
+        identity = run_identity(training, shards, order)
+        name = run.name or f"{output.name}-{identity[:8]}"
         logger.info(
             "run %s: %d workers on %s, %g CPUs and %g GPUs each, %d threads; checkpoints in %s",
             *(name, placement.workers, placement.device, placement.cpus, placement.gpus, placement.threads),
@@ -116,6 +110,27 @@ def run_training(
         return _finished(_fit(task, placement, run, name, storage), identity)
 
 
+def training_order(training: Training, shards: TrainingShards, run: RunSettings, workers: int) -> Order:
+    """Return the order of a run; a batch that the lanes do not divide gets fewer, a small corpus also.
+
+    Raises:
+        ConfigError: no number of lanes suits batch, workers and images.
+    """
+    batch = min(training.optimizer.batch_size, shards.num_rows)
+    unit_rows = tuple(unit.num_rows for unit in shards.units)
+    for lanes in range(min(run.lanes, batch, len(unit_rows)), 0, -1):
+        if batch % lanes or lanes % workers:
+            continue
+        order = Order(unit_rows, batch, lanes, max(1, run.window_rows // lanes), training.seed)
+        # A deal of few units may leave a lane too short.
+        if all(order.serves(epoch) for epoch in range(training.optimizer.epochs)):
+            return order
+    raise ConfigError(
+        f"{workers} workers cannot share batches of {batch} of {shards.num_rows} images in at most "
+        f"{run.lanes} lanes: a number of lanes must divide the batch, and the workers the lanes"
+    )
+
+
 def run_identity(training: Training, shards: TrainingShards, order: Order) -> str:
     """Return a digest of what decides the trained weights; workers and machines are not in it."""
     units = [[unit.content, unit.first, unit.last] for unit in shards.units]
@@ -132,8 +147,6 @@ def place_workers(device: Device, run: RunSettings) -> Placement:
         raise ResourceError("device is cuda, but the Ray cluster has no GPU")
     share = run.gpus_per_worker or 1.0
     workers = run.workers or (max(1, int(gpus / share)) if on_gpu else 1)
-    if run.lanes % workers:
-        raise ResourceError(f"{workers} workers do not divide {run.lanes} lanes; set --run.lanes")
     each = run.cpus_per_worker or max(0.1, round((1 - READING_SHARE) * cpus / workers, 3))
     if workers * each >= cpus or (on_gpu and workers * share > gpus):
         raise ResourceError(

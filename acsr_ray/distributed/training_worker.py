@@ -71,7 +71,8 @@ def rows_to_table(rows: Rows) -> pa.Table:
     pixels = pa.FixedSizeBinaryArray.from_buffers(
         pa.binary(flat.shape[1]), len(flat), [None, pa.py_buffer(flat)]
     )
-    return pa.table({"pixels": pixels, "label": rows.labels, "source": rows.source})
+    unreadable = np.full(len(flat), rows.unreadable, np.int32)
+    return pa.table({"pixels": pixels, "label": rows.labels, "source": rows.source, "unreadable": unreadable})
 
 
 def table_to_rows(table: pa.Table, image_size: int) -> Rows:
@@ -82,7 +83,12 @@ def table_to_rows(table: pa.Table, image_size: int) -> Rows:
     width = 3 * image_size * image_size
     flat = np.frombuffer(pixels.buffers()[1], np.uint8)[pixels.offset * width :][: len(pixels) * width]
     shape = (len(pixels), image_size, image_size, 3)
-    return Rows(flat.reshape(shape), table["label"].to_numpy(), table["source"].to_numpy(), 0)
+    return Rows(
+        flat.reshape(shape),
+        table["label"].to_numpy(),
+        table["source"].to_numpy(),
+        table["unreadable"][0].as_py(),
+    )
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -117,6 +123,7 @@ class _Run:
         self.objective = training.objective(model, network, task.units)
         self.position = Position()
         self.metrics: dict[str, Any] | None = None
+        self.unreadable = 0
 
     def run(self) -> None:
         self._restore()
@@ -124,9 +131,11 @@ class _Run:
             return
         started, saved, images = time.monotonic(), time.monotonic(), 0
         losses = torch.tensor(self.position.loss_sum, device=self.device)
-        for step, loss in train_steps(
+        for batch, loss in train_steps(
             self.task.training, self.objective, self.stepper, self._batches(), self.device
         ):
+            step = batch.step
+            self.unreadable += batch.unreadable if step.epoch == 0 else 0
             losses = losses + self._mean(loss)
             images += self.task.order.batch_size
             last = step.index + 1 == self.steps[step.epoch]
@@ -144,9 +153,11 @@ class _Run:
                 started, images, losses = time.monotonic(), 0, torch.zeros_like(losses)
             if (last and self.position.epoch < self.epochs) or self._due(saved):
                 self.position = replace(self.position, loss_sum=losses.item())
+                self._count_unreadable()
                 self._report()
                 saved = time.monotonic()
-        self.metrics = self._closing_metrics()
+        self._count_unreadable()
+        self.metrics = {"unreadable_images": self.position.unreadable, **self._closing_metrics()}
         self._report()
 
     def _batches(self) -> Iterator[Any]:
@@ -217,6 +228,14 @@ class _Run:
         if self.workers > 1:
             torch.distributed.all_reduce(loss)
         return loss / self.workers
+
+    def _count_unreadable(self) -> None:
+        """Add what all workers have counted since the last checkpoint."""
+        found = torch.tensor(float(self.unreadable), device=self.device)
+        if self.workers > 1:
+            torch.distributed.all_reduce(found)
+        self.position = replace(self.position, unreadable=self.position.unreadable + int(found))
+        self.unreadable = 0
 
     def _report(self) -> None:
         metrics = {

@@ -27,6 +27,8 @@ class Position:
     losses: tuple[float, ...] = ()
     loss_sum: float = 0.0
     """Of the steps of the unfinished epoch."""
+    unreadable: int = 0
+    """Rows of the first epoch that could not be decoded."""
 
 
 @dataclass(frozen=True)

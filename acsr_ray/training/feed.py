@@ -47,6 +47,8 @@ class Batch:
     labels: Tensor
     units: NDArray[np.int64]
     rows: NDArray[np.int64]
+    unreadable: int
+    """Rows that could not be decoded, of the units loaded for this batch."""
 
     def with_images(self, images: Tensor) -> "Batch":
         """Return the batch with other images."""
@@ -126,12 +128,14 @@ def batches(
     """
     # What each lane has loaded and not given yet; it is dropped when an epoch ends.
     held: dict[int, Columns] = {}
-    epoch = -1
+    epoch, unreadable = -1, 0
     for event in events:
         if event.epoch != epoch:
             held, epoch = {}, event.epoch
         if isinstance(event, Window):
-            loaded = _in_order(event, [next(fetched) for _ in event.units])
+            parts = [next(fetched) for _ in event.units]
+            unreadable += sum(part.unreadable for part in parts)
+            loaded = _in_order(event, parts)
             left = held.get(event.lane)
             held[event.lane] = loaded if left is None else _joined([left, loaded])
             continue
@@ -145,7 +149,9 @@ def batches(
             torch.from_numpy(labels),
             units,
             rows,
+            unreadable,
         )
+        unreadable = 0
 
 
 def _rows(columns: Columns, chosen: slice) -> Columns:

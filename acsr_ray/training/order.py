@@ -71,14 +71,20 @@ class Order:
         Raises:
             ValueError: not even one.
         """
-        rows = [sum(self.unit_rows[unit] for unit in lane) for lane in self.deal(epoch)]
-        steps = min(rows) // self.lane_batch
+        steps = self._shortest(epoch) // self.lane_batch
         if not steps:
             raise ValueError(
                 f"{sum(self.unit_rows)} images in {len(self.unit_rows)} units do not fill a batch of "
                 f"{self.batch_size} from {self.lanes} lanes"
             )
         return steps
+
+    def serves(self, epoch: int) -> bool:
+        """Return whether an epoch has a step."""
+        return self._shortest(epoch) >= self.lane_batch
+
+    def _shortest(self, epoch: int) -> int:
+        return min(sum(self.unit_rows[unit] for unit in lane) for lane in self.deal(epoch))
 
     def deal(self, epoch: int) -> list[list[int]]:
         """Return the units of each lane in an epoch, in order."""

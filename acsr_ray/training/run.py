@@ -13,7 +13,7 @@ from acsr_ray.corpus.units import Unit
 from acsr_ray.training.feed import AUGMENTATION, Batch, batches, decode_unit, needed_units
 from acsr_ray.training.loop import EpochStats, OptimizerConfig, Stepper, augment, log_epoch
 from acsr_ray.training.objectives import Objective
-from acsr_ray.training.order import Order, Step
+from acsr_ray.training.order import Order
 
 
 class Training(Protocol):
@@ -61,8 +61,8 @@ def train_steps(
     stepper: Stepper,
     batches: Iterable[Batch],
     device: torch.device,
-) -> Iterator[tuple[Step, Tensor]]:
-    """Make a step per batch and yield its number and loss.
+) -> Iterator[tuple[Batch, Tensor]]:
+    """Make a step per batch and yield both its batch and its loss.
 
     In a distributed run every worker calls this with its own batches; gradients meet in the network.
 
@@ -83,7 +83,7 @@ def train_steps(
         with torch.autocast(device.type, torch.bfloat16, enabled=half_precision(config, device)):
             parts = zip(*(column.chunk(config.accumulate) for column in columns), strict=True)
             loss = stepper.update([partial(objective.loss, *part) for part in parts])
-        yield batch.step, loss
+        yield batch, loss
 
 
 def train_here(
@@ -101,18 +101,20 @@ def train_here(
     stepper = Stepper(model, training.optimizer, sum(steps))
     objective = training.objective(model, network, units)
     means: list[float] = []
+    unreadable = 0
     for epoch in range(epochs):
         started, losses = time.perf_counter(), 0.0
         events = list(order.events(lanes, epoch))
         decoded = (decode_unit(units[unit], training.image_size) for unit in needed_units(events))
         fed = batches(order, lanes, events, decoded)
-        for _, loss in train_steps(training, objective, stepper, fed, where):
+        for batch, loss in train_steps(training, objective, stepper, fed, where):
             losses += loss.item()
+            unreadable += batch.unreadable if not epoch else 0
         means.append(losses / steps[epoch])
         log_epoch(EpochStats(epoch + 1, means[-1], time.perf_counter() - started))
     model.load_state_dict(stepper.weights())
     model.eval()
-    metrics: dict[str, Any] = {}
+    metrics: dict[str, Any] = {"unreadable_images": unreadable}
     if validation:
         held_out = read_labelled(validation, training.image_size)
         metrics |= training.closing_metrics(model, held_out, device)

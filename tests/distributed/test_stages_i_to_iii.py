@@ -15,13 +15,19 @@ from acsr_ray.distributed.bundling import BuildBundleSettings, build_bundle
 from acsr_ray.distributed.dictionaries import DictionaryConfig
 from acsr_ray.distributed.purify import PurifyCorpusSettings, purify_corpus
 from acsr_ray.distributed.semantics import LearnSemanticsSettings, learn_semantics
+from acsr_ray.distributed.training import (
+    TrainBaselineSettings,
+    TrainRobustSettings,
+    train_baseline,
+    train_robust,
+)
 from acsr_ray.sparse import CbpdnConfig, CdlConfig
-from acsr_ray.training.baseline import TrainBaselineSettings, train_baseline
 from acsr_ray.training.loop import OptimizerConfig
-from acsr_ray.training.robust import InnerAttack, TrainRobustSettings, train_robust
+from acsr_ray.training.objectives import InnerAttack
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
+HERE = RunSettings(workers=0)
 CLASSES = ("bars", "columns", "checks")
 
 
@@ -52,6 +58,7 @@ def test_corpus_to_purified_corpus(tmp_path, ray_local):
             output=tmp_path / "baseline",
             architecture="wrn-10-1",
             image_size=16,
+            run=HERE,
             optimizer=optimizer,
         )
     )
@@ -82,6 +89,7 @@ def test_corpus_to_purified_corpus(tmp_path, ray_local):
             semantics=tmp_path / "semantics",
             output=tmp_path / "robust",
             attack=InnerAttack(kind="single_step"),
+            run=HERE,
             optimizer=optimizer.model_copy(update={"peak_lr": 0.02}),
         )
     )
@@ -133,6 +141,7 @@ def test_artifacts_of_different_runs_are_not_mixed(tmp_path, ray_local):
                 output=tmp_path / name,
                 architecture="wrn-10-1",
                 image_size=16,
+                run=HERE,
                 optimizer=optimizer,
                 seed=seed,
             )
@@ -155,6 +164,7 @@ def test_artifacts_of_different_runs_are_not_mixed(tmp_path, ray_local):
             semantics=tmp_path / "semantics",
             output=tmp_path / "robust",
             attack=InnerAttack(kind="single_step"),
+            run=HERE,
             optimizer=optimizer,
         )
     )

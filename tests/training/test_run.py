@@ -102,7 +102,8 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(objective, stop, tmp_pa
     whole, parts = begin(training)
     expected = [loss.item() for _, loss in run(training, whole, parts)]
     first, parts = begin(training)
-    for number, (at, _) in enumerate(run(training, first, parts), start=1):
+    for number, (batch, _) in enumerate(run(training, first, parts), start=1):
+        at = batch.step
         if number == stop:
             over = at.index + 1 == ORDER.steps(at.epoch)
             position = Position(at.epoch + over, 0 if over else at.index + 1, number)

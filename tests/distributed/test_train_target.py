@@ -11,13 +11,20 @@ from acsr_ray.artifacts import ArtifactError, file_digest, load_tensors, save_te
 from acsr_ray.config import parse_job
 from acsr_ray.corpus.labelled import read_labelled
 from acsr_ray.corpus.sources import CorpusError
+from acsr_ray.distributed.training import (
+    TrainBaselineSettings,
+    TrainTargetSettings,
+    train_baseline,
+    train_target,
+)
 from acsr_ray.models.targets import WEIGHTS, TargetConfig, TargetError, build_target, load_target, save_target
-from acsr_ray.training.baseline import TrainBaselineSettings, train_baseline
 from acsr_ray.training.loop import OptimizerConfig, accuracy, predict
-from acsr_ray.training.robust import InnerAttack, attacked_metrics
-from acsr_ray.training.target import TrainTargetSettings, train_target
+from acsr_ray.training.objectives import InnerAttack
+from acsr_ray.training.robust import attacked_metrics
+from acsr_ray.training.settings import RunSettings
 
 SIDE = 16
+HERE = RunSettings(workers=0)
 SCHEDULE = OptimizerConfig(epochs=4, batch_size=24, peak_lr=0.05, crop_padding=2)
 STILL = OptimizerConfig(epochs=1, batch_size=24, peak_lr=1e-12, weight_decay=0.0)
 SINGLE_STEP = InnerAttack(kind="single_step", norm="linf", epsilon=8 / 255)
@@ -50,6 +57,7 @@ def settings(shards, tmp_path):
             "image_size": SIDE,
             "optimizer": SCHEDULE,
             "device": "cpu",
+            "run": HERE,
             **changes,
         }
         return TrainTargetSettings(**values)
@@ -101,7 +109,7 @@ def test_adversarial_training_reports_attacked_accuracy_and_helps(settings, shar
         settings(adversarial=True, attack=attack, optimizer=schedule, seed=2, output=tmp_path / "robust")
     )
     plain = load_target(str(tmp_path / "target")).model
-    against = attacked_metrics(plain, (str(shards[1]),), attack, SIDE, "cpu")
+    against = attacked_metrics(plain, read_labelled([str(shards[1])], SIDE), attack, "cpu")
     assert clean["validation_accuracy"] > 0.9
     assert robust["pgd_images"] == 60
     assert robust["pgd_accuracy"] <= robust["validation_accuracy"]
@@ -111,7 +119,7 @@ def test_adversarial_training_reports_attacked_accuracy_and_helps(settings, shar
 
 def test_without_validation_nothing_is_measured(settings):
     metrics = train_target(settings(validation=(), adversarial=True, attack=SINGLE_STEP, optimizer=STILL))
-    assert set(metrics) == {"train_images", "unreadable_images"}
+    assert set(metrics) == {"train_images", "unreadable_images", "epoch_losses"}
 
 
 @pytest.mark.parametrize("adversarial", [False, True])
@@ -167,6 +175,7 @@ def test_a_baseline_of_the_pipeline_may_lend_its_weights(settings, shards, tmp_p
             image_size=SIDE,
             optimizer=STILL,
             device="cpu",
+            run=HERE,
         )
     )
     changes = {"architecture": "wrn-10-1", "width": 1.0, "optimizer": STILL, "validation": ()}

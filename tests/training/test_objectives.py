@@ -1,4 +1,4 @@
-"""The objective of robust semantic training."""
+"""Adversarial training, robust semantic training (Eq. 7) and TRADES: their losses and gradients."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,14 @@ from acsr_ray.attacks.pgd import pgd
 from acsr_ray.attacks.threat import ThreatModel
 from acsr_ray.clustering.gaussians import fit_gaussians, own_squared_mahalanobis
 from acsr_ray.models.wide_resnet import build_wide_resnet
-from acsr_ray.training.robust import DISTANCE_FLOOR, InnerAttack, rst_objective
+from acsr_ray.training.objectives import (
+    DISTANCE_FLOOR,
+    AdversarialTraining,
+    InnerAttack,
+    LatentsAndLogits,
+    RobustSemanticTraining,
+    Trades,
+)
 
 SIDE, COUNT = 8, 24
 ATTACK = InnerAttack(kind="single_step", norm="linf", epsilon=8 / 255)
@@ -47,7 +54,25 @@ def index(data):
 
 
 def _objective(model, gaussians, index, alpha, seed=3, attack=ATTACK):
-    return rst_objective(model, gaussians, index, alpha, attack, torch.Generator().manual_seed(seed))
+    """Return the loss of (images, labels, rows of `index`)."""
+    objective = RobustSemanticTraining(
+        model,
+        LatentsAndLogits(model),
+        attack,
+        seed,
+        gaussians=gaussians,
+        cluster_of=lambda batch: index[batch],
+        alpha=alpha,
+    )
+
+    def loss(images, labels, chosen):
+        return objective.loss(images, labels, _starts(images, attack, seed), index[chosen])
+
+    return loss
+
+
+def _starts(images, attack, seed):
+    return attack.threat.random_start(images, torch.Generator().manual_seed(seed))
 
 
 def _adversarial(model, images, labels, seed=3, attack=ATTACK):
@@ -59,7 +84,7 @@ def _adversarial(model, images, labels, seed=3, attack=ATTACK):
         threat=ThreatModel(attack.norm, attack.epsilon),
         steps=attack.steps,
         step_size=attack.step_size,
-        generator=torch.Generator().manual_seed(seed),
+        start=_starts(images, attack, seed),
     )
 
 
@@ -76,6 +101,10 @@ def test_alpha_zero_is_plain_adversarial_training(data, gaussians, index, attack
     adversarial = _adversarial(reference, images, labels, attack=attack)
     expected = F.cross_entropy(reference.train()(adversarial), labels)
     torch.testing.assert_close(objective(images, labels, CHOSEN), expected, rtol=0, atol=0)
+    model = _network()
+    plain = AdversarialTraining(model, model, attack, 3)
+    found = plain.loss(images, labels, _starts(images, attack, 3))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
     clean = F.cross_entropy(_network().train()(images), labels)
     assert expected > clean
 
@@ -168,3 +197,32 @@ def test_inner_attack_presets():
     assert (cheap.steps, cheap.step_size) == (1, pytest.approx(10 / 255))
     with pytest.raises(ValidationError):
         InnerAttack(epsilon=0.0)
+
+
+def test_trades_is_cross_entropy_plus_the_divergence(data):
+    images, labels = (part[CHOSEN] for part in data)
+    starts = (images + 1e-3).clamp(0, 1)
+    model, reference = _network(), _network()
+    loss = Trades(model, model, ATTACK, 0, 6.0).loss(images, labels, starts)
+    reference.eval()
+    with torch.no_grad():
+        clean = reference(images).softmax(1)
+    leaf = starts.clone().requires_grad_()
+    divergence = (clean * (clean.log() - reference(leaf).log_softmax(1))).sum()
+    (gradient,) = torch.autograd.grad(divergence, leaf)
+    moved = ATTACK.threat.project(starts + ATTACK.step_size * gradient.sign(), images)
+    first, second = reference.train()(torch.cat([images, moved])).chunk(2)
+    shares = first.softmax(1)
+    spread = (shares * (shares.log() - second.log_softmax(1))).sum(1).mean()
+    torch.testing.assert_close(loss, F.cross_entropy(first, labels) + 6.0 * spread)
+    assert spread > 0
+
+
+def test_trades_without_beta_is_training_on_clean_images_of_a_mixed_batch(data):
+    images, labels = (part[CHOSEN] for part in data)
+    model = _network()
+    loss = Trades(model, model, ATTACK, 0, 0.0).loss(images, labels, images.clone())
+    assert model.training
+    clean = F.cross_entropy(_network().train()(images.repeat(2, 1, 1, 1))[: len(images)], labels)
+    # Started at the image, where the divergence has no gradient, the attack goes nowhere in linf.
+    torch.testing.assert_close(loss, clean)
