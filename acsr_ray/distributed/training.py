@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from acsr_ray.artifacts import artifact_digest, file_digest, load_artifact
+from acsr_ray.artifacts import artifact_digest, load_artifact
 from acsr_ray.config import Device, JobSettings
 from acsr_ray.distributed.runtime import RaySettings
 from acsr_ray.distributed.trainer import Trained, run_training
@@ -30,7 +30,7 @@ from acsr_ray.training.robust import Method, RobustTraining
 from acsr_ray.training.run import Training
 from acsr_ray.training.settings import RunSettings
 from acsr_ray.training.shards import TrainingShards, plan_training
-from acsr_ray.training.target import TargetTraining, weights_file
+from acsr_ray.training.target import TargetTraining, weights_digest
 
 LARGE_IMAGE = 48
 """Above this side, a target's first convolution gets stride 2 unless told otherwise."""
@@ -192,7 +192,7 @@ def train_target(settings: TrainTargetSettings) -> dict[str, Any]:
         seed=settings.seed,
         attack=settings.attack if settings.adversarial else None,
         init=None if weights is None else str(weights.resolve()),
-        init_digest=None if weights is None else file_digest(weights_file(weights)),
+        init_digest=None if weights is None else weights_digest(weights),
     )
     model, fresh = training.initialized()
     trained = _train(training, shards, settings)

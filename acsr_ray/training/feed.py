@@ -1,5 +1,6 @@
 """From decoded units to the batches of a worker, and the random numbers that belong to them."""
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,7 @@ from acsr_ray.corpus.sources import CorpusError
 from acsr_ray.corpus.units import Unit, read_unit
 from acsr_ray.training.order import Order, Step, Window
 
-AUGMENTATION, ATTACK = 1, 2
+AUGMENTATION, ATTACK, DROPOUT = 1, 2, 3
 """What random numbers are for; each purpose has its own."""
 
 
@@ -54,6 +55,17 @@ class Batch:
         """Return the batch with other images."""
         return replace(self, images=images)
 
+    @contextlib.contextmanager
+    def global_generator(self, seed: int, device: torch.device) -> Iterator[None]:
+        """Give torch's global generator, which dropout draws from, numbers of this step and worker."""
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(self._entropy(seed, DROPOUT, self.lanes[0]))
+            yield
+
+    def _entropy(self, seed: int, purpose: int, lane: int) -> int:
+        sequence = np.random.SeedSequence((seed, purpose, self.step.epoch, self.step.index, lane))
+        return int(sequence.generate_state(1, np.uint64)[0] >> 1)
+
     def by_lane(self, seed: int, purpose: int) -> Iterator[tuple[slice, torch.Generator]]:
         """Yield the rows of each lane with the generator of its random numbers for a purpose.
 
@@ -62,8 +74,7 @@ class Batch:
         """
         share = len(self.labels) // len(self.lanes)
         for position, lane in enumerate(self.lanes):
-            entropy = np.random.SeedSequence((seed, purpose, self.step.epoch, self.step.index, lane))
-            generator = torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
+            generator = torch.Generator().manual_seed(self._entropy(seed, purpose, lane))
             yield slice(position * share, (position + 1) * share), generator
 
 

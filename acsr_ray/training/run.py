@@ -80,7 +80,10 @@ def train_steps(
         images = augmented.images.to(device, memory_format=torch.channels_last)
         columns = (images, augmented.labels.to(device), *(extra.to(device) for extra in extras))
         stepper.model.train()
-        with torch.autocast(device.type, torch.bfloat16, enabled=half_precision(config, device)):
+        with (
+            batch.global_generator(training.seed, device),
+            torch.autocast(device.type, torch.bfloat16, enabled=half_precision(config, device)),
+        ):
             parts = zip(*(column.chunk(config.accumulate) for column in columns), strict=True)
             loss = stepper.update([partial(objective.loss, *part) for part in parts])
         yield batch, loss

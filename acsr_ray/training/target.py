@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from acsr_ray.artifacts import artifact_kind, load_artifact, load_tensors
+from acsr_ray.artifacts import artifact_kind, file_digest, load_artifact, load_tensors
 from acsr_ray.config import Described
 from acsr_ray.corpus.labelled import LabelledImages
 from acsr_ray.corpus.units import Unit
@@ -82,8 +82,16 @@ class TargetTraining(Described):
         return metrics
 
 
-def weights_file(location: Path) -> Path:
-    """Return the file of weights that a folder or a file stands for."""
+def weights_digest(location: Path) -> str:
+    """Return the digest of the weights in a folder or a file; `ArtifactError` when they cannot be used."""
+    if location.is_dir():
+        load_artifact(location, artifact_kind(location) or "target")
+    else:
+        load_tensors(location)
+    return file_digest(_weights_file(location))
+
+
+def _weights_file(location: Path) -> Path:
     return location / WEIGHTS if location.is_dir() else location
 
 
@@ -91,7 +99,7 @@ def _initialize(model: nn.Module, config: TargetConfig, location: Path) -> list[
     if location.is_dir():
         manifest = load_artifact(location, artifact_kind(location) or "target")
         _check_normalization(config, manifest.get("target", {}), location)
-    tensors = load_tensors(weights_file(location))
+    tensors = load_tensors(_weights_file(location))
     # Files of others hold the bare network; ours has its normalisation in front.
     if isinstance(model, Normalized) and not any(name.startswith("network.") for name in tensors):
         tensors = {f"network.{name}": tensor for name, tensor in tensors.items()}

@@ -24,6 +24,7 @@ from acsr_ray.distributed.training import (
 from acsr_ray.sparse import CbpdnConfig, CdlConfig
 from acsr_ray.training.loop import OptimizerConfig
 from acsr_ray.training.objectives import InnerAttack
+from acsr_ray.training.settings import RunSettings
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
