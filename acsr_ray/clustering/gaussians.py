@@ -16,6 +16,9 @@ from torch import Tensor
 Inverse = Literal["shrinkage", "pinv"]
 
 
+ROWS_AT_ONCE = 8192
+
+
 @dataclass(frozen=True)
 class Gaussians:
     """Gaussians of K clusters.
@@ -90,45 +93,132 @@ def fit_gaussians(
     """
     if not len(latents) == len(class_id) == len(cluster_id):
         raise ValueError("latents, class_id and cluster_id must have one row per image")
-    if not np.isfinite(latents).all():
-        raise ValueError("latents must be finite")
-    latents = np.asarray(latents, np.float64)
     keys = np.stack([class_id, cluster_id], axis=1)
-    unique, index, counts = np.unique(keys, axis=0, return_inverse=True, return_counts=True)
-    index = index.reshape(-1)
-    means = np.stack([latents[index == k].mean(0) for k in range(len(unique))])
-    if tied:
-        pooled = [_whiten(latents - means[index], inverse)] * len(unique)
-    else:
-        pooled = [_whiten(latents[index == k] - means[k], inverse) for k in range(len(unique))]
-    return Gaussians(
-        torch.from_numpy(unique[:, 0].astype(np.int32)),
-        torch.from_numpy(unique[:, 1].astype(np.int32)),
-        torch.from_numpy(counts.astype(np.int32)),
-        torch.from_numpy(means),
-        torch.from_numpy(np.stack([whitening for whitening, _ in pooled])),
-        torch.tensor([log_det for _, log_det in pooled], dtype=torch.float64),
-    )
+    unique, index = np.unique(keys, axis=0, return_inverse=True)
+    moments = GaussianMoments(unique, latents.shape[1])
+    for start in range(0, len(latents), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        moments.add(latents[rows], index.reshape(-1)[rows])
+    return moments.finish(inverse, tied=tied)
 
 
-def _whiten(centred: NDArray[Any], inverse: Inverse) -> tuple[NDArray[Any], float]:
-    """Return the lower-triangular whitening of centred rows (n, L) and the covariance's log determinant."""
+class GaussianMoments:
+    """Sums over latents from which the Gaussians of all clusters follow, in float64 and in one pass.
+
+    Memory is K (L + 1)^2 numbers, whatever the number of latents. Sums are taken around each cluster's first
+    mean, so that no large numbers cancel.
+
+    Args:
+        keys: (K, 2) class and cluster.
+        length: L.
+    """
+
+    def __init__(self, keys: NDArray[Any], length: int) -> None:
+        count = len(keys)
+        self.keys = keys
+        self.count = np.zeros(count, np.int64)
+        self._shift = np.zeros((count, length))
+        self._sum = np.zeros((count, length))
+        self._outer = np.zeros((count, length, length))
+        # Of |x|^2 x, |x|^2 and |x|^4: what Ledoit and Wolf's shrinkage needs beside the covariance.
+        self._cubic = np.zeros((count, length))
+        self._square = np.zeros(count)
+        self._quartic = np.zeros(count)
+
+    def add(self, latents: NDArray[Any], index: NDArray[np.int64]) -> None:
+        """Add latents (n, L) of clusters `index` (n,), positions among the keys.
+
+        Raises:
+            ValueError: latents are not finite.
+        """
+        if not np.isfinite(latents).all():
+            raise ValueError("latents must be finite")
+        for k in np.unique(index).tolist():
+            rows = np.asarray(latents[index == k], np.float64)
+            if not self.count[k]:
+                self._shift[k] = rows.mean(0)
+            rows = rows - self._shift[k]
+            squares = (rows * rows).sum(1)
+            self.count[k] += len(rows)
+            self._sum[k] += rows.sum(0)
+            self._outer[k] += rows.T @ rows
+            self._cubic[k] += squares @ rows
+            self._square[k] += squares.sum()
+            self._quartic[k] += (squares * squares).sum()
+
+    def finish(self, inverse: Inverse, *, tied: bool = False) -> Gaussians:
+        """Return the Gaussians; see `fit_gaussians`."""
+        means = self._sum / self.count[:, None]
+        scatter = self._outer - self.count[:, None, None] * means[:, :, None] * means[:, None, :]
+        quartic = self._centred_quartic(means)
+        if tied:
+            pooled = _whiten(scatter.sum(0), float(quartic.sum()), int(self.count.sum()), inverse)
+            whitened = [pooled] * len(self.keys)
+        else:
+            whitened = [
+                _whiten(scatter[k], float(quartic[k]), int(self.count[k]), inverse)
+                for k in range(len(self.keys))
+            ]
+        return Gaussians(
+            torch.from_numpy(self.keys[:, 0].astype(np.int32)),
+            torch.from_numpy(self.keys[:, 1].astype(np.int32)),
+            torch.from_numpy(self.count.astype(np.int32)),
+            torch.from_numpy(means + self._shift),
+            torch.from_numpy(np.stack([whitening for whitening, _ in whitened])),
+            torch.tensor([log_det for _, log_det in whitened], dtype=torch.float64),
+        )
+
+    def _centred_quartic(self, means: NDArray[Any]) -> NDArray[Any]:
+        """Return the sums (K,) of |x - mean|^4, by expanding the square."""
+        length = (means * means).sum(1)
+        along = np.einsum("ki,kij,kj->k", means, self._outer, means)
+        cubic = (self._cubic * means).sum(1)
+        total = (self._sum * means).sum(1)
+        return (
+            self._quartic
+            + 4 * along
+            + self.count * length**2
+            - 4 * cubic
+            + 2 * length * self._square
+            - 4 * length * total
+        )
+
+
+def _whiten(
+    scatter: NDArray[Any], quartic: float, count: int, inverse: Inverse
+) -> tuple[NDArray[Any], float]:
+    """Return the lower-triangular whitening and the log determinant of a covariance.
+
+    Args:
+        scatter: (L, L) sum of the outer products of centred rows.
+        quartic: sum of the fourth powers of their lengths.
+        count: rows.
+        inverse: see `fit_gaussians`.
+    """
+    covariance = scatter / count
     if inverse == "shrinkage":
-        # Imported here, because every purification actor loads this module and none of them fits.
-        from sklearn.covariance import ledoit_wolf
-
-        covariance, _ = ledoit_wolf(centred, assume_centered=True)
+        covariance = _shrunk(covariance, quartic, count)
         # A lone or constant cluster has zero covariance; the floor keeps it invertible.
         scale = max(np.trace(covariance) / len(covariance), 1e-12)
         factor = np.linalg.cholesky(covariance + 1e-9 * scale * np.eye(len(covariance)))
         whitening = np.linalg.solve(factor, np.eye(len(factor)))
         return np.tril(whitening), 2 * float(np.log(np.diag(factor)).sum())
-    covariance = centred.T @ centred / len(centred)
     values, vectors = np.linalg.eigh(covariance)
     kept = values > max(values.max(), 1e-300) * len(values) * np.finfo(np.float64).eps
     root = np.zeros_like(values)
     root[kept] = values[kept] ** -0.5
     return _lower_triangular(root[:, None] * vectors.T), float(np.log(values[kept]).sum())
+
+
+def _shrunk(covariance: NDArray[Any], quartic: float, count: int) -> NDArray[Any]:
+    """Return the covariance shrunk towards a multiple of the identity (Ledoit and Wolf 2004)."""
+    length = len(covariance)
+    squared = float((covariance**2).sum())
+    mean = np.trace(covariance) / length
+    distance = (squared - length * mean**2) / length
+    error = min((quartic / count - squared) / (length * count), distance)
+    weight = 0.0 if error <= 0 else error / distance
+    return (1 - weight) * covariance + weight * mean * np.eye(length)
 
 
 def _lower_triangular(whitening: NDArray[Any]) -> NDArray[Any]:
