@@ -40,7 +40,11 @@ class ElbowConfig(Described):
     min_cluster_size: int | None = None
     """Smaller clusters merge into their neighbour; None: the smaller of 200 and 5 % of the class."""
     backend: Backend = "auto"
-    """`sklearn` (CPU), `cuml` (GPU), or `auto`."""
+    """`sklearn` (CPU), `cuml` (GPU), or `auto`: cuml where tasks have a GPU share and it is installed."""
+    task_cpus: float = Field(1.0, gt=0)
+    """CPUs of one k-means task; there is one per class and k."""
+    task_gpus: float = Field(0.0, ge=0)
+    """GPU share of one k-means task."""
 
 
 @dataclass(frozen=True)
@@ -83,48 +87,67 @@ def choose_num_clusters(wcss: Sequence[float], blob_wcss: Sequence[float], minim
     return elbow if left <= (1 - minimum_gain) * blob_left else 1
 
 
-def cluster_class(latents: NDArray[Any], config: ElbowConfig, seed: int) -> ClassClusters:
-    """Split one class's latents (N, L) into clusters, k chosen by the elbow rule.
+@dataclass(frozen=True)
+class Split:
+    """One class split into k: the clusters, and what k leaves of the WCSS of Gaussian blobs."""
+
+    fit: KMeansResult
+    blob_share: float
+    """Lowest WCSS of some blobs at k, as a share of their WCSS at 1."""
+
+
+def largest_k(latents: NDArray[Any], config: ElbowConfig) -> int:
+    """Return the largest k that a class's latents (N, L) are split into.
 
     Raises:
-        ValueError: no latents, or latents that are not finite.
+        ValueError: no latents.
     """
     if not len(latents):
         raise ValueError("a class needs at least one latent")
-    k_max = min(config.k_max, len(np.unique(latents, axis=0)))
-    fits = _fit_curve(latents, k_max, config, seed)
-    wcss = tuple(fit.wcss for fit in fits)
-    blob = tuple(share * wcss[0] for share in _blob_curve(latents, k_max, config, seed))
+    return min(config.k_max, len(np.unique(latents, axis=0)))
+
+
+def split_class(latents: NDArray[Any], k: int, config: ElbowConfig, seed: int) -> Split:
+    """Split one class's latents (N, L) into k clusters, and blobs of its covariance likewise.
+
+    The fewer latents, the more is left to chance, and the more blobs are drawn.
+
+    Raises:
+        ValueError: latents that are not finite.
+    """
+    backend = resolve_backend(config.backend)
+    fit = fit_kmeans(latents, k, restarts=config.restarts, seed=seed, backend=backend)
+    shares = []
+    for draw in range(min(BLOBS, max(1, BLOB_LATENTS // len(latents)))):
+        blob = _gaussian_blob(latents, seed + draw)
+        whole = float(((blob - blob.mean(0)) ** 2).sum())
+        split = fit_kmeans(blob, k, restarts=config.restarts, seed=seed, backend=backend)
+        shares.append(split.wcss / max(whole, np.finfo(np.float64).tiny))
+    return Split(fit, min(shares))
+
+
+def choose_clusters(latents: NDArray[Any], splits: Sequence[Split], config: ElbowConfig) -> ClassClusters:
+    """Choose the number of clusters of one class from its splits for k = 1, 2, ..., and merge small ones."""
+    wcss = tuple(split.fit.wcss for split in splits)
+    blob = tuple(split.blob_share * wcss[0] for split in splits)
     elbow = (
         choose_num_clusters(wcss, blob, config.minimum_gain) if config.one_blob_test else chord_elbow(wcss)
     )
     min_size = config.min_cluster_size
     if min_size is None:
         min_size = min(200, int(np.ceil(0.05 * len(latents))))
-    cluster_id = merge_small_clusters(latents, fits[elbow - 1].cluster_id, min_size)
+    cluster_id = merge_small_clusters(latents, splits[elbow - 1].fit.cluster_id, min_size)
     return ClassClusters(cluster_id, wcss, blob, elbow, int(cluster_id.max()) + 1)
 
 
-def _fit_curve(latents: NDArray[Any], k_max: int, config: ElbowConfig, seed: int) -> list[KMeansResult]:
-    backend = resolve_backend(config.backend)
-    return [
-        fit_kmeans(latents, k, restarts=config.restarts, seed=seed, backend=backend)
-        for k in range(1, k_max + 1)
-    ]
+def cluster_class(latents: NDArray[Any], config: ElbowConfig, seed: int) -> ClassClusters:
+    """Split one class's latents (N, L) into clusters, k chosen by the elbow rule.
 
-
-def _blob_curve(latents: NDArray[Any], k_max: int, config: ElbowConfig, seed: int) -> tuple[float, ...]:
-    """Return the lowest WCSS curve of some blobs, as shares of its first value.
-
-    The fewer latents, the more is left to chance, and the more blobs are drawn.
+    Raises:
+        ValueError: no latents, or latents that are not finite.
     """
-    count = min(BLOBS, max(1, BLOB_LATENTS // len(latents)))
-    curves = []
-    for draw in range(count):
-        blob = _gaussian_blob(latents, seed + draw)
-        wcss = np.array([fit.wcss for fit in _fit_curve(blob, k_max, config, seed)])
-        curves.append(wcss / max(wcss[0], np.finfo(np.float64).tiny))
-    return tuple(np.min(curves, axis=0).tolist())
+    splits = [split_class(latents, k, config, seed) for k in range(1, largest_k(latents, config) + 1)]
+    return choose_clusters(latents, splits, config)
 
 
 def _gaussian_blob(latents: NDArray[Any], seed: int) -> NDArray[np.float64]:

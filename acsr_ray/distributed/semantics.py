@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import Field
 
 from acsr_ray.artifacts import (
@@ -17,10 +16,10 @@ from acsr_ray.artifacts import (
     save_tensors,
 )
 from acsr_ray.clustering.assignments import ASSIGNMENTS, GAUSSIANS, Assignments
-from acsr_ray.clustering.elbow import ClassClusters, ElbowConfig, cluster_class
+from acsr_ray.clustering.elbow import ClassClusters, ElbowConfig
 from acsr_ray.clustering.gaussians import Inverse, fit_gaussians
-from acsr_ray.clustering.kmeans import resolve_backend
 from acsr_ray.config import Device, JobSettings
+from acsr_ray.distributed.clusters import cluster_classes
 from acsr_ray.distributed.dictionaries import (
     ClusterImages,
     DictionaryConfig,
@@ -75,7 +74,6 @@ def learn_semantics(settings: LearnSemanticsSettings) -> dict[str, Any]:
             device=settings.device,
             settings=settings.ray,
         )
-        logger.info("k-means backend: %s", resolve_backend(settings.elbow.backend))
         fits = cluster_classes(latents.latents, latents.labels, settings.elbow, settings.seed)
         assignments = _assign(latents, fits)
         clusters = _cluster_images(assignments)
@@ -117,18 +115,6 @@ def learn_semantics(settings: LearnSemanticsSettings) -> dict[str, Any]:
         "clusters per class": {names[label]: fit.num_clusters for label, fit in fits.items()},
         "output": str(settings.output),
     }
-
-
-def cluster_classes(
-    latents: NDArray[np.float32], labels: NDArray[np.int64], config: ElbowConfig, seed: int
-) -> dict[int, ClassClusters]:
-    """Cluster the latents (N, L) of each class by itself."""
-    fits = {}
-    for label in np.unique(labels).tolist():
-        fits[label] = cluster_class(latents[labels == label], config, seed)
-        share = [round(value / fits[label].wcss[0], 3) for value in fits[label].wcss]
-        logger.info("class %d: %d clusters, WCSS %s", label, fits[label].num_clusters, share)
-    return fits
 
 
 def load_semantics_dictionaries(directory: Path) -> tuple[list[tuple[int, int]], torch.Tensor]:
