@@ -21,6 +21,7 @@ ENTRY_POINTS: Mapping[str, tuple[str, str, str]] = {
     ),
     "train_robust": ("acsr_ray.distributed.training", "TrainRobustSettings", "train_robust"),
     "build_bundle": ("acsr_ray.distributed.bundling", "BuildBundleSettings", "build_bundle"),
+    "make_bundle": ("acsr_ray.distributed.recipe", "MakeBundleSettings", "make_bundle"),
     "train_target": ("acsr_ray.distributed.training", "TrainTargetSettings", "train_target"),
     "train_defense": ("acsr_ray.training.defense", "TrainDefenseSettings", "train_defense"),
     "compare_attacks": ("acsr_ray.evaluation.parity", "CompareAttacksSettings", "compare_attacks"),

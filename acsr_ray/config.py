@@ -23,6 +23,7 @@ JOBS = (
     "learn_semantics",
     "train_robust",
     "build_bundle",
+    "make_bundle",
     "train_target",
     "train_defense",
     "compare_attacks",
@@ -38,11 +39,19 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
+NOT_DECIDING = {"config", "output", "ray", "run", "device", "max_in_flight"}
+"""Settings of a job that do not change what it makes."""
+
+
 class JobSettings(Settings):
     """Base of every job's settings: adds the settings file."""
 
     config: Path | None = None
     """YAML file with one section per job; flags given on the command line override it."""
+
+    def deciding(self) -> dict[str, Any]:
+        """Return the settings that decide what the job makes, as JSON values, for manifests."""
+        return self.model_dump(mode="json", exclude=NOT_DECIDING)
 
 
 class AcsrError(Exception):

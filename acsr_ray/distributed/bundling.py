@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
-from acsr_ray.artifacts import ArtifactError, artifact_digest, load_artifact
+from acsr_ray.artifacts import ArtifactError, artifact_digest, json_digest, load_artifact
 from acsr_ray.attacks.pgd import attack_pixels
 from acsr_ray.attacks.threat import ThreatModel
 from acsr_ray.clustering.assignments import ASSIGNMENTS, Assignments
@@ -122,6 +122,12 @@ def build_bundle(settings: BuildBundleSettings) -> dict[str, Any]:
         "selection_on_validation": measured,
         "training_data_digest": labelled_data_digest(semantics["settings"]["train"]),
         "robust": robust.manifest["metrics"],
+        # A digest, because a bundle travels and paths of the machine that made it do not.
+        "settings_digest": json_digest(settings.deciding()),
+        **{
+            f"{name}_digest": artifact_digest(getattr(settings, name))
+            for name in ("baseline", "semantics", "robust")
+        },
     }
     save_bundle(settings.output, bundle, content)
     size = sum(path.stat().st_size for path in settings.output.glob("*"))

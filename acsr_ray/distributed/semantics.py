@@ -92,7 +92,7 @@ def learn_semantics(settings: LearnSemanticsSettings) -> dict[str, Any]:
     save_tensors(settings.output / GAUSSIANS, gaussians.pack())
     dictionaries = [f"dictionaries/{path.name}" for path in paths]
     content = {
-        "settings": settings.model_dump(mode="json", exclude={"config", "output", "ray"}),
+        "settings": settings.deciding(),
         "class_names": list(names),
         "baseline_digest": artifact_digest(settings.baseline),
         "classes": {

@@ -226,7 +226,7 @@ def _content(
     counted: dict[str, Any],
 ) -> dict[str, Any]:
     return {
-        "settings": settings.model_dump(mode="json", exclude={"config", "output", "ray", "run"}),
+        "settings": settings.deciding(),
         "metrics": {**counted, **trained.metrics},
     }
 
