@@ -56,7 +56,7 @@ from acsr_ray.training.settings import RunSettings
 
 logger = logging.getLogger(__name__)
 
-HERE = RunSettings(workers=0, lanes=4)
+HERE = RunSettings(workers=0)
 """A minute of training is not worth a worker of its own."""
 EPSILON = 16 / 255
 ATTACKS = {
@@ -136,7 +136,7 @@ def build_digits_bundle(root: Path, splits: dict[str, Split], settings: PurifyCo
     train = (str(splits["train"].write(root / "corpus")),)
     validation = (str(splits["validation"].write(root / "corpus")),)
     work = root / "artifacts"
-    optimizer = OptimizerConfig(epochs=8, batch_size=64, crop_padding=2, flip=False)
+    optimizer = OptimizerConfig(epochs=8, batch_size=64, lanes=4, crop_padding=2, flip=False)
     where = {"device": settings.device}
     logger.info("stage i: baseline")
     train_baseline(

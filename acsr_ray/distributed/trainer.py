@@ -80,13 +80,13 @@ def run_training(
         TrainingError: the run failed too often.
     """
     if run.workers == 0:
-        order = training_order(training, shards, run, 1)
+        order = training_order(training, shards, 1)
         weights, metrics = train_here(training, shards.units, order, validation, resolve_device(device))
         return Trained(weights, metrics)
     storage = run.storage or str(output.resolve().parent / ".runs")
     with ray_session(settings):
         placement = place_workers(device, run)
-        order = training_order(training, shards, run, placement.workers)
+        order = training_order(training, shards, placement.workers)
         identity = run_identity(training, shards, order)
         name = run.name or f"{output.name}-{identity[:8]}"
         logger.info(
@@ -110,24 +110,25 @@ def run_training(
         return _finished(_fit(task, placement, run, name, storage), identity)
 
 
-def training_order(training: Training, shards: TrainingShards, run: RunSettings, workers: int) -> Order:
+def training_order(training: Training, shards: TrainingShards, workers: int) -> Order:
     """Return the order of a run; a batch that the lanes do not divide gets fewer, a small corpus also.
 
     Raises:
         ConfigError: no number of lanes suits batch, workers and images.
     """
-    batch = min(training.optimizer.batch_size, shards.num_rows)
+    config = training.optimizer
+    batch = min(config.batch_size, shards.num_rows)
     unit_rows = tuple(unit.num_rows for unit in shards.units)
-    for lanes in range(min(run.lanes, batch, len(unit_rows)), 0, -1):
+    for lanes in range(min(config.lanes, batch, len(unit_rows)), 0, -1):
         if batch % lanes or lanes % workers:
             continue
-        order = Order(unit_rows, batch, lanes, max(1, run.window_rows // lanes), training.seed)
+        order = Order(unit_rows, batch, lanes, max(1, config.shuffle_rows // lanes), training.seed)
         # A deal of few units may leave a lane too short.
-        if all(order.serves(epoch) for epoch in range(training.optimizer.epochs)):
+        if all(order.serves(epoch) for epoch in range(config.epochs)):
             return order
     raise ConfigError(
         f"{workers} workers cannot share batches of {batch} of {shards.num_rows} images in at most "
-        f"{run.lanes} lanes: a number of lanes must divide the batch, and the workers the lanes"
+        f"{config.lanes} lanes: a number of lanes must divide the batch, and the workers the lanes"
     )
 
 

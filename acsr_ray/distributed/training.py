@@ -122,7 +122,7 @@ class TrainTargetSettings(TrainSettings):
 
 def train_baseline(settings: TrainBaselineSettings) -> dict[str, Any]:
     """Train f_bsl, save it as artifact `baseline` and return its closing metrics."""
-    shards = plan_training(settings.train, settings.run.lanes)
+    shards = plan_training(settings.train, settings.optimizer.lanes)
     encoder = EncoderConfig(
         architecture=settings.architecture,
         num_classes=len(shards.class_names),
@@ -142,7 +142,7 @@ def train_robust(settings: TrainRobustSettings) -> dict[str, Any]:
     init = settings.baseline if settings.init == "baseline" else settings.init
     if isinstance(init, Path) and init != settings.baseline:
         load_classifier(init, "robust")
-    shards = plan_training(settings.train, settings.run.lanes)
+    shards = plan_training(settings.train, settings.optimizer.lanes)
     training = RobustTraining(
         encoder=baseline.config,
         optimizer=settings.optimizer,
@@ -180,7 +180,7 @@ def train_target(settings: TrainTargetSettings) -> dict[str, Any]:
     # What cannot be built should fail before a large corpus is read.
     with torch.device("meta"):
         build_target(_target_config(settings, 2))
-    shards = plan_training(settings.train, settings.run.lanes)
+    shards = plan_training(settings.train, settings.optimizer.lanes)
     if len(shards.class_names) < 2:
         raise TargetError(
             f"a classifier needs two classes, the training shards have {len(shards.class_names)}"

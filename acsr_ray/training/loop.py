@@ -34,6 +34,10 @@ class OptimizerConfig(Described):
     """Passes over the training images."""
     batch_size: int = Field(128, gt=0)
     """Images per step."""
+    lanes: int = Field(8, ge=1)
+    """Streams that every batch is made of; the number of workers divides it and changes no batch."""
+    shuffle_rows: int = Field(16384, ge=1)
+    """Images that are shuffled together, over all lanes; readers hold them in memory."""
     peak_lr: float = Field(0.1, gt=0)
     """Learning rate at the top of the one-cycle schedule (SGD, Nesterov momentum 0.9)."""
     weight_decay: float = Field(5e-4, ge=0)

@@ -16,10 +16,6 @@ class RunSettings(Settings):
     """Ray GPUs of a worker, a share allowed; default: one."""
     threads: int | None = Field(None, ge=1)
     """Torch threads of a worker; default: its share of the CPUs. It may change the last bits of a loss."""
-    lanes: int = Field(8, ge=1)
-    """Streams that every batch is made of; the number of workers divides it and changes no batch."""
-    window_rows: int = Field(16384, ge=1)
-    """Rows that are shuffled together, over all lanes; memory of the readers."""
     name: str | None = None
     """Name of the run. The same name goes on where that run stopped; default: output folder and settings."""
     storage: str | None = None

@@ -93,7 +93,7 @@ def test_stages_run_once_and_a_change_runs_what_depends_on_it(written, tmp_path,
     again = make_bundle(MakeBundleSettings(recipe=path))
     assert (again["run now"], again["done before"]) == ([], JOBS)
     # Where a stage runs does not matter to what it makes.
-    assert set(reasons(written(train_baseline__run={"workers": 0, "lanes": 4})).values()) == {None}
+    assert set(reasons(written(train_baseline__run={"workers": 0, "keep": 4})).values()) == {None}
     path = written(train_robust__alpha=0.3)
     assert reasons(path) == {
         "train_baseline": None,
@@ -110,7 +110,7 @@ def test_stages_run_once_and_a_change_runs_what_depends_on_it(written, tmp_path,
 
 
 def test_stages_must_hand_their_folders_on(written, tmp_path):
-    with pytest.raises(ConfigError, match="train_robust.semantics is .*elsewhere"):
+    with pytest.raises(ConfigError, match=r"train_robust\.semantics is .*elsewhere"):
         plan_recipe(written(train_robust__semantics=str(tmp_path / "elsewhere")))
 
 

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.ray
 JOB = Path(__file__).parents[2] / "jobs" / "train_target.py"
 
 SIDE = 32
-SCHEDULE = OptimizerConfig(epochs=3, batch_size=24, peak_lr=0.02, crop_padding=2)
+SCHEDULE = OptimizerConfig(epochs=3, batch_size=24, peak_lr=0.02, crop_padding=2, lanes=4, shuffle_rows=64)
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +49,7 @@ def settings(shards, output, workers, **changes):
         "image_size": SIDE,
         "optimizer": SCHEDULE,
         "device": "cpu",
-        "run": RunSettings(
-            workers=workers, lanes=4, window_rows=64, threads=1, cpus_per_worker=0.5, **changes
-        ),
+        "run": RunSettings(workers=workers, threads=1, cpus_per_worker=0.5, **changes),
         "ray": RaySettings(object_store_megabytes=100),
     }
     return TrainTargetSettings(**values)
@@ -99,8 +97,8 @@ def start(shards, output, **options):
         *("--train", shards[0], "--validation", shards[1], "--output", str(output)),
         *("--architecture", "small_cnn", "--image-size", str(SIDE), "--device", "cpu"),
         *("--optimizer.epochs", "3", "--optimizer.batch-size", "24", "--optimizer.peak-lr", "0.02"),
-        *("--optimizer.crop-padding", "2", "--run.workers", "2", "--run.lanes", "4"),
-        *("--run.window-rows", "64", "--run.threads", "1", "--run.cpus-per-worker", "0.5"),
+        *("--optimizer.crop-padding", "2", "--run.workers", "2", "--optimizer.lanes", "4"),
+        *("--optimizer.shuffle-rows", "64", "--run.threads", "1", "--run.cpus-per-worker", "0.5"),
         *("--run.checkpoint-steps", "2", "--ray.object-store-megabytes", "100"),
         *(f"--run.{name.replace('_', '-')}={value}" for name, value in options.items()),
     ]
