@@ -29,21 +29,23 @@ class InnerAttack(Described):
     """The inner maximisation: the paper's `pgd`, or `single_step`, the CPU preset, from a random start."""
 
     kind: Literal["pgd", "single_step"] = "pgd"
-    """`pgd`: 10 steps of epsilon / 4; `single_step`: one step of 1.25 epsilon, ten times cheaper, weaker."""
+    """`pgd`: `steps` steps of 2.5 epsilon / steps; `single_step`: one of 1.25 epsilon, cheaper and weaker."""
+    steps: int = Field(10, ge=1)
+    """pgd: gradient steps, each about as dear as half a step of training."""
     norm: Norm = "l2"
     """`l2` or `linf`."""
     epsilon: float = Field(0.3, gt=0)
     """Radius on the [0, 1] pixel scale: the paper's l2 0.3, or linf 8/255 = 0.0314."""
 
     @property
-    def steps(self) -> int:
-        """Gradient steps."""
-        return 10 if self.kind == "pgd" else 1
+    def gradient_steps(self) -> int:
+        """Gradient steps of the kind."""
+        return self.steps if self.kind == "pgd" else 1
 
     @property
     def step_size(self) -> float:
-        """Length of a step: l2 0.075 and linf 2/255 at the usual radii."""
-        return self.epsilon * (0.25 if self.kind == "pgd" else 1.25)
+        """Length of a step: l2 0.075 and linf 2/255 at the usual radii and ten steps."""
+        return self.epsilon * (2.5 / self.steps if self.kind == "pgd" else 1.25)
 
     @property
     def threat(self) -> ThreatModel:
@@ -180,7 +182,7 @@ class Trades:
         model.eval()
         loss = divergence_from(model, images)
         attacked = ascend(
-            loss, starts, images, threat=attack.threat, steps=attack.steps, step_size=attack.step_size
+            loss, starts, images, threat=attack.threat, steps=attack.gradient_steps, step_size=attack.step_size
         )
         model.train()
         clean, moved = self.network(torch.cat([images, attacked])).chunk(2)
@@ -213,7 +215,7 @@ def attacked_images(
         images,
         labels,
         threat=attack.threat,
-        steps=attack.steps,
+        steps=attack.gradient_steps,
         step_size=attack.step_size,
         start=starts,
     )

@@ -82,7 +82,7 @@ def _adversarial(model, images, labels, seed=3, attack=ATTACK):
         images,
         labels,
         threat=ThreatModel(attack.norm, attack.epsilon),
-        steps=attack.steps,
+        steps=attack.gradient_steps,
         step_size=attack.step_size,
         start=_starts(images, attack, seed),
     )
