@@ -22,8 +22,10 @@ def unit_blocks(units: Sequence[Unit]) -> Dataset:
     context.issue_detectors_config.detectors = []
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
-    table = pa.table({UNIT: [unit.to_json() for unit in units]})
-    return ray.data.from_arrow([table.slice(row, 1) for row in range(len(units))])
+    # Not from_arrow: it looks at every block in a task of a whole CPU, which waits for ever where training
+    # workers hold all but a part of one.
+    rows = [{UNIT: unit.to_json()} for unit in units]
+    return ray.data.from_items(rows, override_num_blocks=len(rows))
 
 
 def map_in_tasks(blocks: Dataset, stage: Callable[[pa.Table], pa.Table], shares: StageShares) -> Dataset:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from acsr_ray.artifacts import json_digest
 from acsr_ray.config import AcsrError, ConfigError, Device
+from acsr_ray.distributed.journal import journal
 from acsr_ray.distributed.runtime import RaySettings, ResourceError, cluster_resources, ray_session
 from acsr_ray.distributed.training_worker import WorkerTask, train_worker
 from acsr_ray.training.checkpoint import final_weights, read_checkpoint
@@ -94,20 +95,22 @@ def run_training(
             *(name, placement.workers, placement.device, placement.cpus, placement.gpus, placement.threads),
             storage,
         )
-        task = WorkerTask(
-            training=training,
-            units=shards.units,
-            order=order,
-            validation=tuple(validation),
-            identity=identity,
-            checkpoint_seconds=run.checkpoint_seconds,
-            checkpoint_steps=run.checkpoint_steps,
-            threads=placement.threads,
-            decode_cpus=placement.decode_cpus,
-            decode_tasks=placement.decode_tasks,
-            tensorboard=None if "://" in storage else str(Path(storage) / name / "tensorboard"),
-        )
-        return _finished(_fit(task, placement, run, name, storage), identity)
+        with journal() as lines:
+            task = WorkerTask(
+                training=training,
+                units=shards.units,
+                order=order,
+                validation=tuple(validation),
+                identity=identity,
+                checkpoint_seconds=run.checkpoint_seconds,
+                checkpoint_steps=run.checkpoint_steps,
+                threads=placement.threads,
+                decode_cpus=placement.decode_cpus,
+                decode_tasks=placement.decode_tasks,
+                journal=lines,
+                tensorboard=None if "://" in storage else str(Path(storage) / name / "tensorboard"),
+            )
+            return _finished(_fit(task, placement, run, name, storage), identity)
 
 
 def training_order(training: Training, shards: TrainingShards, workers: int) -> Order:

@@ -1,6 +1,5 @@
 """What a Ray Train worker runs: the training loop between checkpoints, fed by its own Ray Data pipeline."""
 
-import logging
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -24,11 +23,9 @@ from acsr_ray.corpus.units import Unit
 from acsr_ray.distributed.blocks import unit_blocks
 from acsr_ray.training.checkpoint import Position, read_checkpoint, restore_checkpoint, save_checkpoint
 from acsr_ray.training.feed import Rows, batches, decode_unit, needed_units
-from acsr_ray.training.loop import EpochStats, Stepper, log_epoch
+from acsr_ray.training.loop import EpochStats, Stepper
 from acsr_ray.training.order import Order, lanes_of
 from acsr_ray.training.run import Training, train_steps
-
-logger = logging.getLogger(__name__)
 
 SPAN_UNITS = 2000
 """Units of one Ray Data pipeline; a new one is started for the next epochs."""
@@ -51,6 +48,8 @@ class WorkerTask:
     decode_cpus: float
     decode_tasks: int
     tensorboard: str | None
+    journal: Any
+    """Actor of `acsr_ray.distributed.journal`."""
 
 
 class DecodeUnits:
@@ -149,7 +148,7 @@ class _Run:
                 mean = losses.item() / self.steps[step.epoch]
                 self.position = replace(self.position, losses=(*self.position.losses, mean), loss_sum=0.0)
                 elapsed = time.monotonic() - started
-                self._tell(EpochStats(step.epoch + 1, mean, elapsed), images / elapsed)
+                self._tell(EpochStats(step.epoch + 1, mean, elapsed, images))
                 started, images, losses = time.monotonic(), 0, torch.zeros_like(losses)
             if (last and self.position.epoch < self.epochs) or self._due(saved):
                 self.position = replace(self.position, loss_sum=losses.item())
@@ -164,7 +163,6 @@ class _Run:
         order, position = self.task.order, self.position
         epoch = position.epoch
         while epoch < self.epochs:
-            first = epoch
             events = list(order.events(self.lanes, epoch, position.step if epoch == position.epoch else 0))
             count = sum(1 for _ in needed_units(events))
             epoch += 1
@@ -173,7 +171,6 @@ class _Run:
                 count += sum(1 for _ in needed_units(more))
                 events += more
                 epoch += 1
-            logger.debug("epochs %d to %d: %d units", first, epoch - 1, count)
             yield from batches(order, self.lanes, events, self._fetch(list(needed_units(events))))
 
     def _fetch(self, wanted: Sequence[int]) -> Iterator[Rows]:
@@ -206,10 +203,11 @@ class _Run:
                 try:
                     found = read_checkpoint(Path(folder), self.task.identity)
                 except ArtifactError as error:
-                    logger.warning("checkpoint %s is passed over: %s", checkpoint.path, error)
+                    self._say(f"checkpoint {checkpoint.path} is passed over: {error}")
                     continue
                 restore_checkpoint(Path(folder), self.stepper, found.position)
                 self.position, self.metrics = found.position, found.metrics
+                self._say(f"going on at epoch {found.position.epoch + 1}, step {found.position.step + 1}")
                 return
 
     def _due(self, saved: float) -> bool:
@@ -263,15 +261,19 @@ class _Run:
         held_out = read_labelled(self.task.validation, training.image_size)
         return training.closing_metrics(self.model, held_out, str(self.device))
 
-    def _tell(self, stats: EpochStats, images_per_second: float) -> None:
+    def _say(self, line: str) -> None:
+        if not self.rank:
+            self.task.journal.add.remote(line)
+
+    def _tell(self, stats: EpochStats) -> None:
         if self.rank:
             return
-        log_epoch(stats)
+        self._say(str(stats))
         if self.task.tensorboard is None:
             return
         from tensorboardX import SummaryWriter
 
         with SummaryWriter(self.task.tensorboard) as writer:
             writer.add_scalar("loss", stats.loss, stats.epoch)
-            writer.add_scalar("images_per_second", images_per_second, stats.epoch)
+            writer.add_scalar("images_per_second", stats.images_per_second, stats.epoch)
             writer.add_scalar("lr", self.stepper.optimizer.param_groups[0]["lr"], stats.epoch)

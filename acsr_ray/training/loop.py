@@ -1,7 +1,6 @@
 """What every training shares: settings, augmentation, a step of SGD with its schedule, `fit` in memory."""
 
 import contextlib
-import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,8 +17,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from acsr_ray.config import Described
 from acsr_ray.corpus.images import Pixels, to_unit_range
-
-logger = logging.getLogger(__name__)
 
 EVALUATION_BATCH = 250
 
@@ -63,6 +60,20 @@ class EpochStats:
     epoch: int
     loss: float
     elapsed_s: float
+    images: int
+    """Images trained on since the start of the epoch, or since the run went on within it."""
+
+    @property
+    def images_per_second(self) -> float:
+        """Throughput of all workers together."""
+        return self.images / self.elapsed_s
+
+    def __str__(self) -> str:
+        """Return the line that is logged."""
+        return (
+            f"epoch {self.epoch}: loss {self.loss:.4f}, {self.elapsed_s:.0f} s, "
+            f"{self.images_per_second:.0f} images/s"
+        )
 
 
 def augment(images: Tensor, config: OptimizerConfig, generator: torch.Generator) -> Tensor:
@@ -219,7 +230,7 @@ def fit(
             model.train()
             loss = partial(objective, images, targets[chosen].to(device), chosen)
             losses += stepper.update([loss]).item()
-        on_epoch(EpochStats(epoch + 1, losses / batches, time.perf_counter() - started))
+        on_epoch(EpochStats(epoch + 1, losses / batches, time.perf_counter() - started, len(order)))
     model.load_state_dict(stepper.weights())
     model.eval()
 
@@ -244,8 +255,3 @@ def resolve_device(device: str) -> str:
     if device != "auto":
         return device
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def log_epoch(stats: EpochStats) -> None:
-    """Log one epoch's loss and time."""
-    logger.info("epoch %d: loss %.4f, %.0f s", stats.epoch, stats.loss, stats.elapsed_s)

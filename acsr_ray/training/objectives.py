@@ -182,7 +182,12 @@ class Trades:
         model.eval()
         loss = divergence_from(model, images)
         attacked = ascend(
-            loss, starts, images, threat=attack.threat, steps=attack.gradient_steps, step_size=attack.step_size
+            loss,
+            starts,
+            images,
+            threat=attack.threat,
+            steps=attack.gradient_steps,
+            step_size=attack.step_size,
         )
         model.train()
         clean, moved = self.network(torch.cat([images, attacked])).chunk(2)

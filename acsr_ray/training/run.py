@@ -1,5 +1,6 @@
 """One training run in plain torch: what a worker does with its batches, wherever they come from."""
 
+import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 from acsr_ray.corpus.labelled import LabelledImages, read_labelled
 from acsr_ray.corpus.units import Unit
 from acsr_ray.training.feed import AUGMENTATION, Batch, batches, decode_unit, needed_units
-from acsr_ray.training.loop import EpochStats, OptimizerConfig, Stepper, augment, log_epoch
+from acsr_ray.training.loop import EpochStats, OptimizerConfig, Stepper, augment
 from acsr_ray.training.objectives import Objective
 from acsr_ray.training.order import Order
+
+logger = logging.getLogger(__name__)
 
 
 class Training(Protocol):
@@ -114,7 +117,8 @@ def train_here(
             losses += loss.item()
             unreadable += batch.unreadable if not epoch else 0
         means.append(losses / steps[epoch])
-        log_epoch(EpochStats(epoch + 1, means[-1], time.perf_counter() - started))
+        elapsed = time.perf_counter() - started
+        logger.info("%s", EpochStats(epoch + 1, means[-1], elapsed, steps[epoch] * order.batch_size))
     model.load_state_dict(stepper.weights())
     model.eval()
     metrics: dict[str, Any] = {"unreadable_images": unreadable}

@@ -192,9 +192,9 @@ def test_distance_falls_in_training(data, gaussians, index):
 
 def test_inner_attack_presets():
     paper, cheap = InnerAttack(), InnerAttack(kind="single_step", norm="linf", epsilon=8 / 255)
-    assert (paper.norm, paper.epsilon, paper.steps) == ("l2", 0.3, 10)
+    assert (paper.norm, paper.epsilon, paper.gradient_steps) == ("l2", 0.3, 10)
     assert paper.step_size == pytest.approx(0.075)
-    assert (cheap.steps, cheap.step_size) == (1, pytest.approx(10 / 255))
+    assert (cheap.gradient_steps, cheap.step_size) == (1, pytest.approx(10 / 255))
     with pytest.raises(ValidationError):
         InnerAttack(epsilon=0.0)
 
