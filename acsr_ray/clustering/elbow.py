@@ -96,17 +96,6 @@ class Split:
     """Lowest WCSS of some blobs at k, as a share of their WCSS at 1."""
 
 
-def largest_k(latents: NDArray[Any], config: ElbowConfig) -> int:
-    """Return the largest k that a class's latents (N, L) are split into.
-
-    Raises:
-        ValueError: no latents.
-    """
-    if not len(latents):
-        raise ValueError("a class needs at least one latent")
-    return min(config.k_max, len(np.unique(latents, axis=0)))
-
-
 def split_class(latents: NDArray[Any], k: int, config: ElbowConfig, seed: int) -> Split:
     """Split one class's latents (N, L) into k clusters, and blobs of its covariance likewise.
 
@@ -126,8 +115,14 @@ def split_class(latents: NDArray[Any], k: int, config: ElbowConfig, seed: int) -
     return Split(fit, min(shares))
 
 
-def choose_clusters(latents: NDArray[Any], splits: Sequence[Split], config: ElbowConfig) -> ClassClusters:
-    """Choose the number of clusters of one class from its splits for k = 1, 2, ..., and merge small ones."""
+def choose_clusters(latents: NDArray[Any], config: ElbowConfig, *splits: Split) -> ClassClusters:
+    """Choose the number of clusters of one class from its splits for k = 1, 2, ..., and merge small ones.
+
+    The curve ends where every distinct latent has a cluster of its own.
+    """
+    nothing = 1e-12 * float(np.square(latents, dtype=np.float64).sum())
+    exact = next((k for k, split in enumerate(splits, 1) if split.fit.wcss <= nothing), len(splits))
+    splits = splits[:exact]
     wcss = tuple(split.fit.wcss for split in splits)
     blob = tuple(split.blob_share * wcss[0] for split in splits)
     elbow = (
@@ -146,8 +141,12 @@ def cluster_class(latents: NDArray[Any], config: ElbowConfig, seed: int) -> Clas
     Raises:
         ValueError: no latents, or latents that are not finite.
     """
-    splits = [split_class(latents, k, config, seed) for k in range(1, largest_k(latents, config) + 1)]
-    return choose_clusters(latents, splits, config)
+    if not len(latents):
+        raise ValueError("a class needs at least one latent")
+    largest = min(config.k_max, len(latents))
+    return choose_clusters(
+        latents, config, *(split_class(latents, k, config, seed) for k in range(1, largest + 1))
+    )
 
 
 def _gaussian_blob(latents: NDArray[Any], seed: int) -> NDArray[np.float64]:

@@ -20,7 +20,7 @@ from acsr_ray.artifacts import ArtifactError, artifact_digest, json_digest, load
 from acsr_ray.attacks.pgd import attack_pixels
 from acsr_ray.attacks.threat import ThreatModel
 from acsr_ray.clustering.assignments import ASSIGNMENTS, Assignments
-from acsr_ray.clustering.gaussians import Gaussians, fit_gaussians
+from acsr_ray.clustering.gaussians import Gaussians
 from acsr_ray.clustering.selection import RULES, SelectionRule, select_cluster
 from acsr_ray.config import Device, JobSettings
 from acsr_ray.corpus.images import to_unit_range
@@ -159,16 +159,10 @@ def _candidates(settings: BuildBundleSettings, semantics: dict[str, Any]) -> lis
                 device=settings.device,
                 settings=settings.ray,
             )
-            keys = list(zip(latents.shards, latents.rows.tolist(), strict=True))
-            cluster_id = assignments.clusters_of(keys)
+            keys = list(zip(latents.image_shards(), latents.rows.tolist(), strict=True))
+            moments = latents.gaussian_moments(assignments.clusters_of(keys))
             for rule in rules:
-                gaussians = fit_gaussians(
-                    latents.latents,
-                    latents.labels,
-                    cluster_id,
-                    inverse=semantics["settings"]["inverse"],
-                    tied=rule == "tied",
-                )
+                gaussians = moments.finish(semantics["settings"]["inverse"], tied=rule == "tied")
                 candidates.append(Candidate(origin, rule, gaussians))
     return candidates
 

@@ -17,7 +17,7 @@ from acsr_ray.artifacts import (
 )
 from acsr_ray.clustering.assignments import ASSIGNMENTS, GAUSSIANS, Assignments
 from acsr_ray.clustering.elbow import ClassClusters, ElbowConfig
-from acsr_ray.clustering.gaussians import Inverse, fit_gaussians
+from acsr_ray.clustering.gaussians import Inverse
 from acsr_ray.config import Device, JobSettings
 from acsr_ray.distributed.clusters import cluster_classes
 from acsr_ray.distributed.dictionaries import (
@@ -74,7 +74,7 @@ def learn_semantics(settings: LearnSemanticsSettings) -> dict[str, Any]:
             device=settings.device,
             settings=settings.ray,
         )
-        fits = cluster_classes(latents.latents, latents.labels, settings.elbow, settings.seed)
+        fits = cluster_classes(latents, settings.elbow, settings.seed)
         assignments = _assign(latents, fits)
         clusters = _cluster_images(assignments)
         in_flight = settings.max_in_flight or max(1, int(2 * cluster_resources().get("CPU", 1.0)))
@@ -86,9 +86,7 @@ def learn_semantics(settings: LearnSemanticsSettings) -> dict[str, Any]:
             max_in_flight=in_flight,
         )
     assignments.save(settings.output / ASSIGNMENTS)
-    gaussians = fit_gaussians(
-        latents.latents, latents.labels, assignments.cluster_id, inverse=settings.inverse
-    )
+    gaussians = latents.gaussian_moments(assignments.cluster_id).finish(settings.inverse)
     save_tensors(settings.output / GAUSSIANS, gaussians.pack())
     dictionaries = [f"dictionaries/{path.name}" for path in paths]
     content = {
@@ -128,7 +126,7 @@ def _assign(latents: Latents, fits: dict[int, ClassClusters]) -> Assignments:
     cluster_id = np.zeros(len(latents.labels), np.int32)
     for label, fit in fits.items():
         cluster_id[latents.labels == label] = fit.cluster_id
-    return Assignments(latents.shards, latents.rows, latents.labels, cluster_id)
+    return Assignments(latents.image_shards(), latents.rows, latents.labels, cluster_id)
 
 
 def _cluster_images(assignments: Assignments) -> list[ClusterImages]:
