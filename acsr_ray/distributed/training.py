@@ -57,7 +57,11 @@ class TrainBaselineSettings(TrainSettings):
     output: Path
     """Folder of the artifact (`baseline/`)."""
     architecture: str = "wrn-16-4"
-    """`wrn-DEPTH-WIDTH`: wrn-16-2, wrn-16-4 for CPUs; wrn-28-4, wrn-28-10, wrn-34-10 (paper) for GPUs."""
+    """wrn-16-2, wrn-16-4 for CPUs; wrn-28-4, wrn-28-10, wrn-34-10 (paper) for GPUs.
+
+    Append `-s2` at 64 pixels and `-s4` from 128 to 224, the stride of the first convolution, and `-gn` for
+    GroupNorm, with which several CPU workers make the run of one.
+    """
     image_size: int = Field(32, ge=8)
     """Side in pixels of the square that the network sees."""
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -28,7 +28,7 @@ class EncoderConfig(Described):
     """What it takes to rebuild an encoder and feed it."""
 
     architecture: str
-    """`wrn-DEPTH-WIDTH`."""
+    """`wrn-DEPTH-WIDTH[-sSTRIDE][-gn]`, see `build_wide_resnet`."""
     num_classes: int
     """J."""
     image_size: int

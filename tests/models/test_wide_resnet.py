@@ -31,7 +31,14 @@ def test_logits_are_the_linear_layer_of_the_latent():
 
 @pytest.mark.parametrize(
     ("architecture", "parameters"),
-    [("wrn-16-4", 2_748_890), ("wrn-28-10", 36_479_194)],
+    [
+        ("wrn-16-2", 691_674),
+        ("wrn-16-4", 2_748_890),
+        ("wrn-28-10", 36_479_194),
+        ("wrn-34-10", 46_160_474),
+        ("wrn-34-10-s4", 46_160_474),
+        ("wrn-16-2-gn", 691_674),
+    ],
 )
 def test_number_of_parameters_is_that_of_the_paper(architecture, parameters):
     with torch.device("meta"):
@@ -95,3 +102,17 @@ def test_bad_counts_are_refused(width, num_classes):
 def test_bad_names_are_refused(name):
     with pytest.raises(ValueError, match="architecture must be"):
         build_wide_resnet(name, 10)
+
+
+@pytest.mark.parametrize(("name", "side", "first"), [("wrn-10-1-s2", 64, 32), ("wrn-10-1-s4-gn", 224, 56)])
+def test_a_stride_keeps_large_images_affordable(name, side, first):
+    model = build_wide_resnet(name, 3).eval()
+    images = _images(side=side)
+    assert model.stem(images).shape == (2, 16, first, first)
+    assert model.latent(images).shape == (2, 64)
+
+
+def test_group_norm_knows_no_neighbours():
+    model, images = build_wide_resnet("wrn-10-1-gn", 3).train(), _images(4)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
+    torch.testing.assert_close(model(images)[:1], model(images[:1]), rtol=1e-4, atol=1e-5)
