@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from sklearn.cluster import KMeans
+from torch import Tensor
 
 Backend = Literal["auto", "sklearn", "cuml"]
 
@@ -25,7 +27,7 @@ class KMeansResult:
 
 
 def fit_kmeans(
-    latents: NDArray[Any],
+    latents: NDArray[Any] | Tensor,
     num_clusters: int,
     *,
     restarts: int = 10,
@@ -36,7 +38,7 @@ def fit_kmeans(
     """Cluster latents.
 
     Args:
-        latents: (N, L) finite floats.
+        latents: (N, L) finite floats; cuML shares a tensor on its GPU without a copy.
         num_clusters: K, at most N.
         restarts: k-means++ starts, of which the one with the smallest WCSS is kept.
         seed: fixes the starts.
@@ -48,7 +50,8 @@ def fit_kmeans(
     """
     if not 1 <= num_clusters <= len(latents):
         raise ValueError(f"num_clusters must be in 1..{len(latents)}, got {num_clusters}")
-    if not np.isfinite(latents).all():
+    finite = torch.isfinite(latents) if isinstance(latents, Tensor) else np.isfinite(latents)
+    if not finite.all():
         raise ValueError("latents must be finite")
     options: dict[str, Any] = {
         "n_clusters": num_clusters,
@@ -63,7 +66,8 @@ def fit_kmeans(
 
         centroids, cluster_id, wcss = fit_cuml(latents, options)
     else:
-        model = KMeans(**options).fit(np.asarray(latents, np.float64))
+        rows = latents.numpy(force=True) if isinstance(latents, Tensor) else latents
+        model = KMeans(**options).fit(np.asarray(rows, np.float64))
         centroids, cluster_id, wcss = model.cluster_centers_, model.labels_, model.inertia_
     return KMeansResult(np.asarray(centroids, np.float32), np.asarray(cluster_id, np.int32), float(wcss))
 

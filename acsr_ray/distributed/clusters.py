@@ -1,7 +1,7 @@
 """Clusters of every class by Ray tasks: one reads a class's latents, others split them into k = 1, 2, ..."""
 
 import logging
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import ray
@@ -49,8 +49,13 @@ def cluster_classes(latents: Latents, config: ElbowConfig, seed: int) -> dict[in
     return fits
 
 
-def backend_of(config: ElbowConfig) -> str:
-    """Return the backend that `auto` stands for: cuML needs a GPU share, which is asked for."""
-    if config.backend == "auto" and not config.task_gpus:
+def backend_of(config: ElbowConfig) -> Literal["sklearn", "cuml"]:
+    """Return the backend that `auto` stands for: cuML where tasks get a GPU share and have it installed."""
+    if config.backend != "auto":
+        return config.backend
+    if not config.task_gpus:
         return "sklearn"
-    return resolve_backend(config.backend)
+    # The driver may run on a machine without GPUs, so a task with a share looks.
+    look = ray.remote(resolve_backend).options(num_cpus=config.task_cpus, num_gpus=config.task_gpus)
+    found: Literal["sklearn", "cuml"] = ray.get(look.remote("auto"))
+    return found

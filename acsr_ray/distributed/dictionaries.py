@@ -16,6 +16,7 @@ from acsr_ray.artifacts import json_digest, load_tensors, save_tensors
 from acsr_ray.config import AcsrError, Described
 from acsr_ray.corpus.images import DecodeLimits, to_unit_range
 from acsr_ray.corpus.rows import crop_alike, read_rows
+from acsr_ray.distributed.runtime import GPU_DEVICE
 from acsr_ray.sparse.cdl import CdlConfig, learn_dictionary
 from acsr_ray.sparse.tikhonov import TikhonovConfig, tikhonov_split
 
@@ -101,7 +102,7 @@ def learn_dictionaries(
     pending = [k for k, path in enumerate(paths) if not path.exists()]
     logger.info("%d dictionaries, %d finished before", len(paths), len(paths) - len(pending))
     task = ray.remote(learn).options(num_cpus=config.task_cpus, num_gpus=config.task_gpus, max_retries=3)
-    device = "cuda" if config.task_gpus > 0 else "cpu"
+    device = GPU_DEVICE if config.task_gpus > 0 else "cpu"
     # Largest first, so that the last task to start is a short one.
     waiting = sorted(pending, key=lambda k: -len(clusters[k].rows))
     running: dict[ray.ObjectRef[Any], int] = {}

@@ -15,6 +15,11 @@ from acsr_ray.config import AcsrError, Device, Settings
 logger = logging.getLogger(__name__)
 
 
+GPU_DEVICE = "cpu" if os.environ.get("ACSR_LOGICAL_GPUS") == "1" else "cuda"
+"""What a stage with a GPU share computes on. With ACSR_LOGICAL_GPUS=1, here and on the workers, a cluster's
+GPUs are only counted (`ray start --num-gpus`): a placement can be tried where there are none."""
+
+
 class RaySettings(Settings):
     """Where Ray runs and how much of it a job takes."""
 
@@ -83,15 +88,13 @@ def share_resources(device: Device, settings: RaySettings, num_units: int) -> St
     """
     total = cluster_resources()
     cpus, gpus = max(1.0, total.get("CPU", 1.0)), total.get("GPU", 0.0)
-    on_gpu = device == "cuda" or (device == "auto" and gpus > 0)
-    if on_gpu and not gpus:
-        raise ResourceError("device is cuda, but the Ray cluster has no GPU")
+    on_gpu = takes_gpus(device)
     purify = min(settings.actors or int(gpus if on_gpu else cpus) or 1, num_units)
     # Encoding costs a small part of sparse coding on CPU; on GPU both pools share each card.
     encode = purify if on_gpu else math.ceil(purify / 4)
     share = gpus / purify if on_gpu else 0.0
     return StageShares(
-        device="cuda" if on_gpu else "cpu",
+        device=GPU_DEVICE if on_gpu else "cpu",
         encode_actors=encode,
         encode_cpus=_rounded(min(0.25, 0.25 * cpus / encode)),
         encode_gpus=_rounded(0.3 * min(1.0, share)),
@@ -107,6 +110,18 @@ def share_resources(device: Device, settings: RaySettings, num_units: int) -> St
 def _rounded(share: float) -> float:
     # Ray keeps four decimals and rejects finer shares.
     return math.floor(share * 1000) / 1000
+
+
+def takes_gpus(device: Device) -> bool:
+    """Return whether a device setting means the GPUs of the connected cluster.
+
+    Raises:
+        ResourceError: it asks for GPUs and there are none.
+    """
+    there = cluster_resources().get("GPU", 0.0) > 0
+    if device == "cuda" and not there:
+        raise ResourceError("device is cuda, but the Ray cluster has no GPU")
+    return there and device != "cpu"
 
 
 def cluster_resources() -> dict[str, float]:

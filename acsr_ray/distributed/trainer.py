@@ -14,7 +14,14 @@ from torch import Tensor
 from acsr_ray.artifacts import json_digest
 from acsr_ray.config import AcsrError, ConfigError, Device
 from acsr_ray.distributed.journal import journal
-from acsr_ray.distributed.runtime import RaySettings, ResourceError, cluster_resources, ray_session
+from acsr_ray.distributed.runtime import (
+    GPU_DEVICE,
+    RaySettings,
+    ResourceError,
+    cluster_resources,
+    ray_session,
+    takes_gpus,
+)
 from acsr_ray.distributed.training_worker import WorkerTask, train_worker
 from acsr_ray.training.checkpoint import final_weights, read_checkpoint
 from acsr_ray.training.loop import resolve_device
@@ -104,6 +111,7 @@ def run_training(
                 identity=identity,
                 checkpoint_seconds=run.checkpoint_seconds,
                 checkpoint_steps=run.checkpoint_steps,
+                device=placement.device,
                 threads=placement.threads,
                 decode_cpus=placement.decode_cpus,
                 decode_tasks=placement.decode_tasks,
@@ -146,9 +154,7 @@ def place_workers(device: Device, run: RunSettings) -> Placement:
     """Divide the connected cluster between workers and the tasks that read for them."""
     total = cluster_resources()
     cpus, gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
-    on_gpu = device == "cuda" or (device == "auto" and gpus > 0)
-    if on_gpu and not gpus:
-        raise ResourceError("device is cuda, but the Ray cluster has no GPU")
+    on_gpu = takes_gpus(device)
     share = run.gpus_per_worker or 1.0
     workers = run.workers or (max(1, int(gpus / share)) if on_gpu else 1)
     each = run.cpus_per_worker or max(0.1, round((1 - READING_SHARE) * cpus / workers, 3))
@@ -159,7 +165,7 @@ def place_workers(device: Device, run: RunSettings) -> Placement:
         )
     tasks = max(1, int(cpus / workers))
     return Placement(
-        device="cuda" if on_gpu else "cpu",
+        device=GPU_DEVICE if on_gpu else "cpu",
         workers=workers,
         cpus=each,
         gpus=share if on_gpu else 0.0,
@@ -178,8 +184,9 @@ def _fit(
     trainer = ray.train.torch.TorchTrainer(
         train_worker,
         train_loop_config={"task": task},
+        torch_config=ray.train.torch.TorchConfig(backend="nccl" if placement.device == "cuda" else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=placement.workers, use_gpu=placement.device == "cuda", resources_per_worker=resources
+            num_workers=placement.workers, use_gpu=placement.gpus > 0, resources_per_worker=resources
         ),
         run_config=ray.train.RunConfig(
             name=name,

@@ -44,6 +44,7 @@ class WorkerTask:
     identity: str
     checkpoint_seconds: float
     checkpoint_steps: int | None
+    device: str
     threads: int
     decode_cpus: float
     decode_tasks: int
@@ -96,7 +97,7 @@ def train_worker(config: dict[str, Any]) -> None:
     torch.set_num_threads(task.threads)
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
-    device = ray.train.torch.get_device()
+    device = ray.train.torch.get_device() if task.device == "cuda" else torch.device("cpu")
     _Run(task, rank, workers, device).run()
 
 

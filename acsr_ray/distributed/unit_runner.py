@@ -11,7 +11,7 @@ import ray
 
 from acsr_ray.artifacts import atomic_write
 from acsr_ray.config import AcsrError, Device
-from acsr_ray.distributed.runtime import ResourceError, cluster_resources
+from acsr_ray.distributed.runtime import GPU_DEVICE, ResourceError, cluster_resources, takes_gpus
 
 logger = logging.getLogger(__name__)
 
@@ -43,14 +43,12 @@ class UnitRunner:
     ) -> None:
         total = cluster_resources()
         gpus = total.get("GPU", 0.0)
-        on_gpu = device == "cuda" or (device == "auto" and gpus > 0)
-        if on_gpu and not gpus:
-            raise ResourceError("device is cuda, but the Ray cluster has no GPU")
+        on_gpu = takes_gpus(device)
         if task_cpus > total.get("CPU", 0.0):
             raise ResourceError(
                 f"a unit asks for {task_cpus:g} CPUs, the Ray cluster has {total.get('CPU', 0.0):g}"
             )
-        self.device = "cuda" if on_gpu else "cpu"
+        self.device = GPU_DEVICE if on_gpu else "cpu"
         # Workers on other nodes have other working directories.
         self.cache = cache.resolve()
         for name in folders:
