@@ -46,15 +46,20 @@ class Gaussians:
             log_det=self.log_det.to(device, dtype),
         )
 
-    def pack(self) -> dict[str, Tensor]:
-        """Return the arrays to store: float32, the whitening as its packed lower triangle."""
+    def pack(self, *, half: bool = False) -> dict[str, Tensor]:
+        """Return the arrays to store: float32, the whitening as its packed lower triangle.
+
+        Args:
+            half: the whitening in half precision.
+        """
         rows, columns = _triangle(self.mean.shape[1])
+        precision = torch.float16 if half else torch.float32
         return {
             "class_id": self.class_id,
             "cluster_id": self.cluster_id,
             "count": self.count,
             "mean": self.mean.float(),
-            "whitening": self.whitening[:, rows, columns].float(),
+            "whitening": self.whitening[:, rows, columns].to(precision),
             "log_det": self.log_det.float(),
         }
 
@@ -235,9 +240,21 @@ def squared_mahalanobis(latents: Tensor, gaussians: Gaussians) -> Tensor:
 
 
 def own_squared_mahalanobis(latents: Tensor, gaussians: Gaussians, index: Tensor) -> Tensor:
-    """Return d^2 (N,) of each latent to the cluster `index` (N,) it belongs to; differentiable."""
-    centred = latents - gaussians.mean[index]
-    return torch.einsum("nij,nj->ni", gaussians.whitening[index], centred).square().sum(1)
+    """Return d^2 (N,) of each latent to the cluster `index` (N,) it belongs to; differentiable.
+
+    One matrix product whitens every latent for every cluster: N K L numbers, where a whitening per latent
+    would be N L^2. It is done in the Gaussians' precision, also within autocast: squared distances in half
+    precision would drown in rounding.
+    """
+    count, length = gaussians.mean.shape
+    with torch.autocast(latents.device.type, enabled=False):
+        # Around a point amid the means, so that no large numbers cancel.
+        middle = gaussians.mean.mean(0)
+        rows = latents.to(gaussians.mean) - middle
+        whitened = (rows @ gaussians.whitening.reshape(count * length, length).mT).unflatten(1, (count, -1))
+        centres = torch.einsum("kij,kj->ki", gaussians.whitening, gaussians.mean - middle)
+        own = whitened[torch.arange(len(rows), device=rows.device), index]
+        return (own - centres[index]).square().sum(1)
 
 
 def _triangle(size: int) -> tuple[Tensor, Tensor]:

@@ -6,37 +6,35 @@ of validation images, clean and attacked, whose selected cluster belongs to thei
 """
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
+import ray
 import torch
-from numpy.typing import NDArray
 from pydantic import Field
 
-from acsr_ray.artifacts import ArtifactError, artifact_digest, json_digest, load_artifact
-from acsr_ray.attacks.pgd import attack_pixels
+from acsr_ray.artifacts import ArtifactError, artifact_digest, atomic_write, json_digest, load_artifact
 from acsr_ray.attacks.threat import ThreatModel
 from acsr_ray.clustering.assignments import ASSIGNMENTS, Assignments
-from acsr_ray.clustering.gaussians import Gaussians
-from acsr_ray.clustering.selection import RULES, SelectionRule, select_cluster
+from acsr_ray.clustering.gaussians import GaussianMoments, Gaussians
+from acsr_ray.clustering.selection import RULES, SelectionRule
 from acsr_ray.config import Device, JobSettings
-from acsr_ray.corpus.images import to_unit_range
-from acsr_ray.corpus.labelled import read_labelled
-from acsr_ray.distributed.latents import Latents, compute_latents, labelled_data_digest
-from acsr_ray.distributed.runtime import RaySettings, ray_session
+from acsr_ray.distributed.latents import compute_latents, labelled_data_digest
+from acsr_ray.distributed.runtime import GPU_DEVICE, RaySettings, ray_session, takes_gpus
 from acsr_ray.distributed.semantics import load_semantics_dictionaries
-from acsr_ray.models.classifier import Classifier, encode, load_classifier
+from acsr_ray.evaluation.bundle_report import Measured, bundle_report
+from acsr_ray.evaluation.selection_quality import HeldOutLatents, held_out_latents, selection_outcome
+from acsr_ray.models.classifier import Classifier, load_classifier
 from acsr_ray.purification.bundle import Bundle, BundleConfig, save_bundle
 from acsr_ray.sparse.cbpdn import CbpdnConfig
 from acsr_ray.sparse.tikhonov import TikhonovConfig
-from acsr_ray.training.loop import resolve_device
 
 logger = logging.getLogger(__name__)
 
 Origin = Literal["baseline", "robust"]
+ENCODERS: dict[Origin, str] = {"baseline": "f_bsl", "robust": "f_rob"}
+REPORT = "report.html"
 
 
 class BuildBundleSettings(JobSettings):
@@ -62,64 +60,61 @@ class BuildBundleSettings(JobSettings):
     """Latents that the clusters' Gaussians are fitted on; `baseline` is the paper's."""
     selection: SelectionRule | Literal["auto"] = "auto"
     """How clusters are compared; `mahalanobis` is the paper's."""
+    half_precision: bool = False
+    """Store encoder weights and whitenings in half precision, in half the space."""
     cbpdn: CbpdnConfig = CbpdnConfig()
     """Sparse coding at inference; lmbda as in the dictionaries."""
+    task_gpus: float = Field(0.5, gt=0)
+    """GPU share of the task that attacks validation images, where there are GPUs."""
     device: Device = "auto"
-    """Where latents are computed."""
+    """Where latents are computed and validation images attacked."""
     ray: RaySettings = RaySettings()
     """Where Ray runs and how much of it to take."""
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """One way to select clusters, and the share of validation images sent to their own class."""
-
-    origin: Origin
-    rule: SelectionRule
-    gaussians: Gaussians
-    clean: float | None = None
-    attacked: float | None = None
-
-
 def build_bundle(settings: BuildBundleSettings) -> dict[str, Any]:
-    """Choose what is left open, write the bundle and return what was chosen and measured.
+    """Choose what is left open, write the bundle and its report; return what was chosen and measured.
 
     Raises:
         ArtifactError: artifacts that do not belong together, or `auto` without validation shards.
     """
     semantics = load_artifact(settings.semantics, "semantics")
     robust = load_classifier(settings.robust, "robust")
-    for name, digest in (
-        ("baseline", semantics["baseline_digest"]),
-        ("semantics", robust.manifest["semantics_digest"]),
-    ):
-        if artifact_digest(getattr(settings, name)) != digest:
-            raise ArtifactError(f"{settings.robust} was not trained with this {name} artifact")
-    if settings.class_names and len(settings.class_names) != robust.config.num_classes:
-        raise ArtifactError(f"--class-names needs {robust.config.num_classes} names")
+    _check(settings, semantics, robust)
+    names = settings.class_names or robust.class_names
     keys, atoms = load_semantics_dictionaries(settings.semantics)
-    candidates = _measure(_candidates(settings, semantics), settings, robust)
-    best = max(candidates, key=lambda c: (c.clean or 0) + (c.attacked or 0))
-    found = zip(best.gaussians.class_id.tolist(), best.gaussians.cluster_id.tolist(), strict=True)
-    if list(found) != keys:
-        raise ArtifactError("the semantics' dictionaries and clusters do not match")
+    threat = _threat(robust)
+    with ray_session(settings.ray):
+        waiting = _start_attacks(settings, threat)
+        moments = {origin: _moments(settings, semantics, origin) for origin in _origins(settings)}
+        held_out: dict[Origin, HeldOutLatents] = {origin: ray.get(ref) for origin, ref in waiting.items()}
+    for own in moments.values():
+        if [tuple(key) for key in own.keys.tolist()] != keys:
+            raise ArtifactError("the semantics' dictionaries and clusters do not match")
+    fitted = {
+        (origin, rule): _stored(own.finish(semantics["settings"]["inverse"], tied=rule == "tied"), settings)
+        for origin, own in moments.items()
+        for rule in RULES
+    }
+    measured = _measure(fitted, held_out, settings)
+    scores: dict[tuple[Any, Any], float] = {
+        (entry.origin, entry.rule): entry.outcome.score for entry in measured if entry.encoder == "f_rob"
+    }
+    given: tuple[Any, Any] = settings.gaussians, settings.selection
+    origin, rule = max(scores, key=lambda way: scores[way]) if scores else given
     tikhonov = semantics["settings"]["dictionary"]["tikhonov"]
     config = BundleConfig(
         name=settings.name,
-        class_names=settings.class_names or robust.class_names,
+        class_names=names,
         encoder=robust.config,
-        selection=best.rule,
+        selection=rule,
         tikhonov=TikhonovConfig.from_description(tikhonov),
         cbpdn=settings.cbpdn,
     )
-    bundle = Bundle(config, robust.model.state_dict(), best.gaussians, atoms)
-    measured = [
-        {"gaussians": c.origin, "selection": c.rule, "clean": c.clean, "attacked": c.attacked}
-        for c in candidates
-    ]
+    bundle = Bundle(config, robust.model.state_dict(), fitted[origin, rule], atoms)
     content = {
-        "gaussians": best.origin,
-        "selection_on_validation": measured,
+        "gaussians": origin,
+        "selection_on_validation": [_described(entry) for entry in measured],
         "training_data_digest": labelled_data_digest(semantics["settings"]["train"]),
         "robust": robust.manifest["metrics"],
         # A digest, because a bundle travels and paths of the machine that made it do not.
@@ -129,80 +124,138 @@ def build_bundle(settings: BuildBundleSettings) -> dict[str, Any]:
             for name in ("baseline", "semantics", "robust")
         },
     }
-    save_bundle(settings.output, bundle, content)
+    save_bundle(settings.output, bundle, content, half=settings.half_precision)
     size = sum(path.stat().st_size for path in settings.output.glob("*"))
+    page = bundle_report(
+        settings.name,
+        names,
+        semantics,
+        {name: fitted[name, "mahalanobis"] for name in moments},
+        measured,
+        (origin, rule),
+        atoms,
+        f"{threat.norm} {threat.epsilon:.4g} by PGD of 10 steps",
+    )
+    atomic_write(settings.output / REPORT, page.encode())
+    best = next((entry.outcome for entry in measured if _is(entry, origin, rule)), None)
     return {
         "clusters": len(keys),
-        "gaussians of": best.origin,
-        "selection": best.rule,
-        "own class, clean": best.clean,
-        "own class, attacked": best.attacked,
+        "gaussians of": origin,
+        "selection": rule,
+        "own class, clean": best and best.own_clean.mean().item(),
+        "own class, attacked": best and best.own_attacked.mean().item(),
+        "same cluster under attack": best and best.same.mean().item(),
         "megabytes": round(size / 2**20, 2),
         "output": str(settings.output),
+        "report": str(settings.output / REPORT),
     }
 
 
-def _candidates(settings: BuildBundleSettings, semantics: dict[str, Any]) -> list[Candidate]:
-    origins: tuple[Origin, ...] = (
-        ("baseline", "robust") if settings.gaussians == "auto" else (settings.gaussians,)
+def _check(settings: BuildBundleSettings, semantics: dict[str, Any], robust: Classifier) -> None:
+    for name, digest in (
+        ("baseline", semantics["baseline_digest"]),
+        ("semantics", robust.manifest["semantics_digest"]),
+    ):
+        if artifact_digest(getattr(settings, name)) != digest:
+            raise ArtifactError(f"{settings.robust} was not trained with this {name} artifact")
+    if settings.class_names and len(settings.class_names) != robust.config.num_classes:
+        raise ArtifactError(f"--class-names needs {robust.config.num_classes} names")
+    if not settings.validation and "auto" in (settings.gaussians, settings.selection):
+        raise ArtifactError("without --validation, --gaussians and --selection must be given")
+
+
+def _origins(settings: BuildBundleSettings) -> tuple[Origin, ...]:
+    return ("baseline", "robust") if settings.gaussians == "auto" else (settings.gaussians,)
+
+
+def _threat(robust: Classifier) -> ThreatModel:
+    attack = robust.manifest["settings"]["attack"]
+    return ThreatModel(attack["norm"], attack["epsilon"])
+
+
+def _start_attacks(
+    settings: BuildBundleSettings, threat: ThreatModel
+) -> "dict[Origin, ray.ObjectRef[HeldOutLatents]]":
+    """Start a task per encoder that attacks the validation images on it; none without validation shards."""
+    if not settings.validation:
+        return {}
+    on_gpu = takes_gpus(settings.device)
+    # Less than a CPU each, so that the latents of the training images go on beside them.
+    task: Any = ray.remote(held_out_latents).options(
+        num_cpus=0.25, num_gpus=settings.task_gpus if on_gpu else 0, max_retries=3
     )
-    rules = RULES if settings.selection == "auto" else (settings.selection,)
+    origins: tuple[Origin, ...] = ("baseline", "robust")
+    return {
+        origin: task.remote(
+            getattr(settings, origin).resolve(),
+            origin,
+            [str(Path(shard).resolve()) if "://" not in shard else shard for shard in settings.validation],
+            settings.validation_images,
+            threat,
+            GPU_DEVICE if on_gpu else "cpu",
+            settings.half_precision and origin == "robust",
+        )
+        for origin in origins
+    }
+
+
+def _moments(settings: BuildBundleSettings, semantics: dict[str, Any], origin: Origin) -> GaussianMoments:
+    latents = compute_latents(
+        semantics["settings"]["train"],
+        getattr(settings, origin),
+        origin,
+        cache=settings.semantics,
+        device=settings.device,
+        settings=settings.ray,
+    )
+    keys = list(zip(latents.image_shards(), latents.rows.tolist(), strict=True))
     assignments = Assignments.load(settings.semantics / ASSIGNMENTS)
-    candidates = []
-    with ray_session(settings.ray):
-        for origin in origins:
-            latents: Latents = compute_latents(
-                semantics["settings"]["train"],
-                getattr(settings, origin),
-                origin,
-                cache=settings.semantics,
-                device=settings.device,
-                settings=settings.ray,
-            )
-            keys = list(zip(latents.image_shards(), latents.rows.tolist(), strict=True))
-            moments = latents.gaussian_moments(assignments.clusters_of(keys))
-            for rule in rules:
-                gaussians = moments.finish(semantics["settings"]["inverse"], tied=rule == "tied")
-                candidates.append(Candidate(origin, rule, gaussians))
-    return candidates
+    return latents.gaussian_moments(assignments.clusters_of(keys))
+
+
+def _stored(gaussians: Gaussians, settings: BuildBundleSettings) -> Gaussians:
+    """Return the Gaussians as they come back from the bundle, so that what ships is what is measured."""
+    stored = Gaussians.unpack(gaussians.pack(half=settings.half_precision))
+    return stored.to("cpu", torch.float64)
 
 
 def _measure(
-    candidates: Sequence[Candidate], settings: BuildBundleSettings, robust: Classifier
-) -> list[Candidate]:
-    """Add each candidate's selection accuracy on validation images, clean and attacked on f_rob by PGD."""
-    if not settings.validation:
-        if len(candidates) > 1:
-            raise ArtifactError("without --validation, --gaussians and --selection must be given")
-        return list(candidates)
-    device = resolve_device(settings.device)
-    data = read_labelled(settings.validation, robust.config.image_size)
-    pixels = data.pixels[: settings.validation_images]
-    labels = data.labels[: settings.validation_images]
-    attack = robust.manifest["settings"]["attack"]
-    threat = ThreatModel(attack["norm"], attack["epsilon"])
-    attacked = attack_pixels(robust.model.to(device), pixels, labels, threat, device)
-    clean_latents, attacked_latents = (_latents(robust, images, device) for images in (pixels, attacked))
+    fitted: Mapping[tuple[Origin, SelectionRule], Gaussians],
+    held_out: Mapping[Origin, HeldOutLatents],
+    settings: BuildBundleSettings,
+) -> list[Measured]:
+    """Return what every way to select does on validation images.
+
+    f_bsl with its own Gaussians is there for comparison; a bundle always has f_rob.
+    """
     measured = []
-    for candidate in candidates:
-        clean, hit = (_own_class(latents, labels, candidate) for latents in (clean_latents, attacked_latents))
-        logger.info(
-            "Gaussians of %s, %s: own class %.3f clean, %.3f attacked",
-            candidate.origin,
-            candidate.rule,
-            clean,
-            hit,
-        )
-        measured.append(Candidate(candidate.origin, candidate.rule, candidate.gaussians, clean, hit))
+    for (origin, rule), gaussians in fitted.items():
+        for network in held_out:
+            if network == "baseline" and origin != "baseline":
+                continue
+            if network == "robust" and settings.selection not in ("auto", rule):
+                continue
+            outcome = selection_outcome(held_out[network], gaussians, rule)
+            measured.append(Measured(ENCODERS[network], origin, rule, outcome))
+            logger.info(
+                "%s, Gaussians of %s, %s: own class %s clean, %s attacked; same cluster %s",
+                *(ENCODERS[network], origin, rule, *outcome.cells()),
+            )
     return measured
 
 
-def _latents(robust: Classifier, pixels: NDArray[np.uint8], device: str) -> torch.Tensor:
-    images = torch.from_numpy(to_unit_range(pixels)).to(device)
-    with torch.inference_mode():
-        return encode(robust.model, images, robust.config.image_size).double().cpu()
+def _is(entry: Measured, origin: str, rule: SelectionRule) -> bool:
+    return (entry.encoder, entry.origin, entry.rule) == ("f_rob", origin, rule)
 
 
-def _own_class(latents: torch.Tensor, labels: NDArray[np.int64], candidate: Candidate) -> float:
-    chosen = select_cluster(latents, candidate.gaussians, candidate.rule).index
-    return (candidate.gaussians.class_id[chosen].numpy() == labels).mean().item()
+def _described(entry: Measured) -> dict[str, Any]:
+    outcome = entry.outcome
+    return {
+        "encoder": entry.encoder,
+        "gaussians": entry.origin,
+        "selection": entry.rule,
+        "images": len(outcome.same),
+        "clean": outcome.own_clean.mean().item(),
+        "attacked": outcome.own_attacked.mean().item(),
+        "same_cluster": outcome.same.mean().item(),
+    }

@@ -160,6 +160,30 @@ def rank_figure(
     return _finish(figure, axes, title, svg)
 
 
+def wcss_figure(classes: Mapping[str, Mapping[str, Any]], *, svg: Path | None = None) -> bytes:
+    """Draw the WCSS of every class by k, with the chosen k as a large mark, beside that of Gaussian blobs.
+
+    Args:
+        classes: by name: `wcss` and `blob_wcss` for k = 1, 2, ..., and `elbow`, the chosen k.
+        svg: where to also save it.
+    """
+    figure, axes = _new_figure(2)
+    for index, (name, curve) in enumerate(classes.items()):
+        style = _style(index)
+        whole = curve["wcss"][0] or 1.0
+        for half, values in zip(axes, (curve["wcss"], curve["blob_wcss"]), strict=True):
+            shares = [100 * value / whole for value in values]
+            half.plot(range(1, len(shares) + 1), shares, label=_text(name), **style)
+            if half is axes[0]:
+                chosen = curve["elbow"]
+                half.plot([chosen], [shares[chosen - 1]], color=style["color"], marker="o", markersize=11)
+    for half, label in zip(axes, ("WCSS, % of k = 1", "the same of one Gaussian blob, %"), strict=True):
+        _label(half, "clusters k (large: chosen)", label)
+        half.locator_params(axis="x", integer=True)
+    axes[1].sharey(axes[0])
+    return _finish(figure, axes, "WCSS of every class", svg)
+
+
 def _new_figure(columns: int) -> "tuple[Figure, list[Axes]]":
     # Figures made without pyplot have the Agg canvas and no global state.
     figure = load_extra("matplotlib.figure").Figure(

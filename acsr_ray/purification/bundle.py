@@ -73,17 +73,22 @@ class Bundle:
             raise ArtifactError(f"whitening must be ({count}, {latent}, {latent})")
 
 
-def save_bundle(directory: Path, bundle: Bundle, content: Mapping[str, Any]) -> None:
+def save_bundle(directory: Path, bundle: Bundle, content: Mapping[str, Any], *, half: bool = False) -> None:
     """Write a bundle.
 
     Args:
         directory: where; an older bundle there is withdrawn first.
         bundle: what to write.
         content: provenance for the manifest (training data digest, metrics).
+        half: encoder weights and whitening in half precision; they are computed with in single precision.
     """
     begin_artifact(directory)
-    save_tensors(directory / ENCODER, bundle.encoder)
-    save_tensors(directory / CLUSTERS, bundle.gaussians.pack())
+    weights = {
+        name: tensor.half() if half and tensor.is_floating_point() else tensor
+        for name, tensor in bundle.encoder.items()
+    }
+    save_tensors(directory / ENCODER, weights)
+    save_tensors(directory / CLUSTERS, bundle.gaussians.pack(half=half))
     save_tensors(directory / DICTIONARIES, {"atoms": bundle.atoms.float()})
     manifest = {
         "algorithm_version": ALGORITHM_VERSION,

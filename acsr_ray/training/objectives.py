@@ -145,8 +145,7 @@ class RobustSemanticTraining:
         loss = F.cross_entropy(logits, labels)
         if not self.alpha:
             return loss
-        # Squared distances in half precision would drown in rounding.
-        squared = own_squared_mahalanobis(latents.float(), self.gaussians, clusters)
+        squared = own_squared_mahalanobis(latents, self.gaussians, clusters)
         return loss + self.alpha * (squared / latents.shape[1] + DISTANCE_FLOOR).sqrt().mean()
 
 

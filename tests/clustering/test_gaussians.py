@@ -214,3 +214,16 @@ def test_latents_that_are_not_finite_are_refused():
     latents[5, 2] = np.nan
     with pytest.raises(ValueError, match="finite"):
         fit_gaussians(latents, class_id, cluster_id)
+
+
+def test_own_distance_keeps_its_precision_within_autocast():
+    gaussians = fit_gaussians(*_clusters()).to("cpu", torch.float32)
+    queries = torch.from_numpy(_queries()).float()
+    index = torch.arange(len(queries)) % len(gaussians.mean)
+    with torch.autocast("cpu", torch.bfloat16):
+        within = own_squared_mahalanobis(queries, gaussians, index)
+        half = own_squared_mahalanobis(queries.bfloat16(), gaussians, index)
+    outside = own_squared_mahalanobis(queries, gaussians, index)
+    assert within.dtype == half.dtype == torch.float32
+    assert torch.equal(within, outside)
+    torch.testing.assert_close(half, own_squared_mahalanobis(queries.bfloat16().float(), gaussians, index))

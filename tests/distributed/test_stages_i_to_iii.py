@@ -108,8 +108,13 @@ def test_corpus_to_purified_corpus(tmp_path, ray_local):
     manifest = json.loads((tmp_path / "bundle/manifest.json").read_text())
     assert manifest["bundle"]["class_names"] == list(CLASSES)
     measured = manifest["selection_on_validation"]
-    assert len(measured) == 6
-    best = max(measured, key=lambda entry: entry["clean"] + entry["attacked"])
+    robust = [entry for entry in measured if entry["encoder"] == "f_rob"]
+    assert (len(robust), len(measured)) == (6, 9)
+    best = max(robust, key=lambda entry: entry["clean"] + entry["attacked"])
+    page = (tmp_path / "bundle/report.html").read_text()
+    assert all(name in page for name in CLASSES)
+    assert page.count('class="panel"') == found["clusters"]
+    assert "(chosen)" in page
     assert best["clean"] == chosen["own class, clean"]
 
     purify_corpus(
