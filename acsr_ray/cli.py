@@ -24,6 +24,7 @@ ENTRY_POINTS: Mapping[str, tuple[str, str, str]] = {
     "make_bundle": ("acsr_ray.distributed.recipe", "MakeBundleSettings", "make_bundle"),
     "train_target": ("acsr_ray.distributed.training", "TrainTargetSettings", "train_target"),
     "train_defense": ("acsr_ray.training.defense", "TrainDefenseSettings", "train_defense"),
+    "compare_encoders": ("acsr_ray.distributed.encoders", "CompareEncodersSettings", "compare_encoders"),
     "compare_attacks": ("acsr_ray.evaluation.parity", "CompareAttacksSettings", "compare_attacks"),
     "sweep_attacks": ("acsr_ray.distributed.sweep", "SweepAttacksSettings", "sweep_attacks"),
     "purify_corpus": ("acsr_ray.demo.job", "PurifyCorpusSettings", "purify_or_demo"),

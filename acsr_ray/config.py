@@ -26,6 +26,7 @@ JOBS = (
     "make_bundle",
     "train_target",
     "train_defense",
+    "compare_encoders",
     "compare_attacks",
     "sweep_attacks",
     "purify_corpus",

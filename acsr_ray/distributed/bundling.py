@@ -16,15 +16,15 @@ from pydantic import Field
 
 from acsr_ray.artifacts import ArtifactError, artifact_digest, atomic_write, json_digest, load_artifact
 from acsr_ray.attacks.threat import ThreatModel
-from acsr_ray.clustering.assignments import ASSIGNMENTS, Assignments
 from acsr_ray.clustering.gaussians import GaussianMoments, Gaussians
 from acsr_ray.clustering.selection import RULES, SelectionRule
 from acsr_ray.config import Device, JobSettings
-from acsr_ray.distributed.latents import compute_latents, labelled_data_digest
-from acsr_ray.distributed.runtime import GPU_DEVICE, RaySettings, ray_session, takes_gpus
+from acsr_ray.distributed.encoding import cluster_moments, start_attack
+from acsr_ray.distributed.latents import labelled_data_digest
+from acsr_ray.distributed.runtime import RaySettings, ray_session
 from acsr_ray.distributed.semantics import load_semantics_dictionaries
 from acsr_ray.evaluation.bundle_report import Measured, bundle_report
-from acsr_ray.evaluation.selection_quality import HeldOutLatents, held_out_latents, selection_outcome
+from acsr_ray.evaluation.selection_quality import HeldOutLatents, selection_outcome
 from acsr_ray.models.classifier import Classifier, load_classifier
 from acsr_ray.purification.bundle import Bundle, BundleConfig, save_bundle
 from acsr_ray.sparse.cbpdn import CbpdnConfig
@@ -85,9 +85,18 @@ def build_bundle(settings: BuildBundleSettings) -> dict[str, Any]:
     keys, atoms = load_semantics_dictionaries(settings.semantics)
     threat = _threat(robust)
     with ray_session(settings.ray):
-        waiting = _start_attacks(settings, threat)
-        moments = {origin: _moments(settings, semantics, origin) for origin in _origins(settings)}
-        held_out: dict[Origin, HeldOutLatents] = {origin: ray.get(ref) for origin, ref in waiting.items()}
+        waiting = {network: _attacked(network, settings, threat) for network in _attacked_networks(settings)}
+        moments: dict[Origin, GaussianMoments] = {
+            origin: cluster_moments(
+                settings.semantics,
+                getattr(settings, origin),
+                origin,
+                device=settings.device,
+                settings=settings.ray,
+            )
+            for origin in _origins(settings)
+        }
+        held_out: dict[Origin, HeldOutLatents] = {name: ray.get(task) for name, task in waiting.items()}
     for own in moments.values():
         if [tuple(key) for key in own.keys.tolist()] != keys:
             raise ArtifactError("the semantics' dictionaries and clusters do not match")
@@ -168,49 +177,28 @@ def _origins(settings: BuildBundleSettings) -> tuple[Origin, ...]:
     return ("baseline", "robust") if settings.gaussians == "auto" else (settings.gaussians,)
 
 
+def _attacked_networks(settings: BuildBundleSettings) -> tuple[Origin, ...]:
+    return ("baseline", "robust") if settings.validation else ()
+
+
+def _attacked(
+    network: Origin, settings: BuildBundleSettings, threat: ThreatModel
+) -> "ray.ObjectRef[HeldOutLatents]":
+    return start_attack(
+        getattr(settings, network),
+        network,
+        settings.validation,
+        settings.validation_images,
+        threat,
+        device=settings.device,
+        task_gpus=settings.task_gpus,
+        half=settings.half_precision and network == "robust",
+    )
+
+
 def _threat(robust: Classifier) -> ThreatModel:
     attack = robust.manifest["settings"]["attack"]
     return ThreatModel(attack["norm"], attack["epsilon"])
-
-
-def _start_attacks(
-    settings: BuildBundleSettings, threat: ThreatModel
-) -> "dict[Origin, ray.ObjectRef[HeldOutLatents]]":
-    """Start a task per encoder that attacks the validation images on it; none without validation shards."""
-    if not settings.validation:
-        return {}
-    on_gpu = takes_gpus(settings.device)
-    # Less than a CPU each, so that the latents of the training images go on beside them.
-    task: Any = ray.remote(held_out_latents).options(
-        num_cpus=0.25, num_gpus=settings.task_gpus if on_gpu else 0, max_retries=3
-    )
-    origins: tuple[Origin, ...] = ("baseline", "robust")
-    return {
-        origin: task.remote(
-            getattr(settings, origin).resolve(),
-            origin,
-            [str(Path(shard).resolve()) if "://" not in shard else shard for shard in settings.validation],
-            settings.validation_images,
-            threat,
-            GPU_DEVICE if on_gpu else "cpu",
-            settings.half_precision and origin == "robust",
-        )
-        for origin in origins
-    }
-
-
-def _moments(settings: BuildBundleSettings, semantics: dict[str, Any], origin: Origin) -> GaussianMoments:
-    latents = compute_latents(
-        semantics["settings"]["train"],
-        getattr(settings, origin),
-        origin,
-        cache=settings.semantics,
-        device=settings.device,
-        settings=settings.ray,
-    )
-    keys = list(zip(latents.image_shards(), latents.rows.tolist(), strict=True))
-    assignments = Assignments.load(settings.semantics / ASSIGNMENTS)
-    return latents.gaussian_moments(assignments.clusters_of(keys))
 
 
 def _stored(gaussians: Gaussians, settings: BuildBundleSettings) -> Gaussians:

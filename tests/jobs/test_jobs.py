@@ -108,6 +108,10 @@ MISSING = {
     "sweep_attacks": (["--grid", "/nowhere.yaml"], "/nowhere.yaml is not readable YAML"),
     "train_defense": (["--kind", "magnet", "--train", "/nowhere"], "/nowhere does not exist"),
     "prepare_corpus": (["--dataset", "cifar10", "--source", "/nowhere"], "source /nowhere does not exist"),
+    "compare_encoders": (
+        ["--encoders", "/nowhere/r", "--semantics", "/nowhere/s", "--test", "/nowhere"],
+        "no semantics at /nowhere/s",
+    ),
     "compare_attacks": (["--target", "/nowhere", "--test", "/nowhere"], "/nowhere does not exist"),
     "train_baseline": (["--train", "/nowhere/a.parquet"], "/nowhere/a.parquet does not exist"),
     "learn_semantics": (["--train", "/nowhere", "--baseline", "/nowhere/b"], "no baseline at /nowhere/b"),
