@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from acsr_ray.evaluation.encoder_recipes import encoder_arguments, schedule_of
 from acsr_ray.evaluation.grid import Grid, GridError
 
 Variant = Literal["small", "full"]
@@ -59,6 +60,10 @@ class Place:
     def defense(self, data: str, kind: str) -> Path:
         """Return the folder of a trained defence."""
         return self.artifacts / "defenses" / f"{data}-{kind}"
+
+    def encoder(self, name: str) -> Path:
+        """Return the folder of an encoder of table 1."""
+        return self.artifacts / "encoders" / f"cifar10-{schedule_of(self.small).architecture}" / name
 
     def bundle_of(self, data: str) -> str:
         """Return the bundle that purifies a data set; content filters are out of distribution (T5)."""
@@ -129,7 +134,17 @@ def recipe(path: Path, place: Place) -> list[str]:
         if steps is not None:
             flags += [f"--{made.replace('_', '-')}.steps", str(steps)]
         return [_command("train_defense", data, path, place, flags, validated=False)]
+    if path.parent.parent.name == "encoders":
+        return _encoder_commands(path, place)
     return _bundle_commands(path, place)
+
+
+def _encoder_commands(path: Path, place: Place) -> list[str]:
+    """Return the commands of an encoder of table 1 and, before it, of what it needs."""
+    job, flags, needed = encoder_arguments(path, place.small)
+    before = [command for artifact in needed for command in _unless_there(artifact, place)]
+    validated = job != "learn_semantics"
+    return [*before, _command(job, "cifar10", path, place, flags, validated=validated)]
 
 
 def _bundle_commands(bundle: Path, place: Place) -> list[str]:

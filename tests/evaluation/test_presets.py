@@ -9,6 +9,7 @@ import pytest
 
 from acsr_ray.cli import ENTRY_POINTS
 from acsr_ray.config import parse_job
+from acsr_ray.evaluation.encoder_recipes import ENCODERS, encoder_arguments
 from acsr_ray.evaluation.grid import Grid, GridError
 from acsr_ray.evaluation.presets import PRESETS, preset_grid
 from acsr_ray.evaluation.recipes import Place, find_splits, needed_artifacts
@@ -16,19 +17,16 @@ from acsr_ray.evaluation.recipes import Place, find_splits, needed_artifacts
 ROOT = Path(__file__).parents[2]
 VARIANTS = ("small", "full")
 DATA = ("cifar10", "imagenet10-64", "imagenet10-128", "moderation5")
-ENCODERS = ("baseline", "pgdat", "rst-single-step")
 
 
 @pytest.fixture
 def place(tmp_path, request):
-    """Folders with empty shards and the encoders of table 1; no other artifact."""
+    """Folders with empty shards and no artifact."""
     for name in DATA:
         folder = tmp_path / "data" / name
         folder.mkdir(parents=True)
         for shard in ("train-00000", "train-00001", "validation-00000", "test-00000"):
             (folder / f"{shard}.parquet").touch()
-    for name in ENCODERS:
-        publish(tmp_path / "artifacts" / "encoders" / f"cifar10-{name}")
     variant = getattr(request, "param", "small")
     return Place(variant, tmp_path / "data", tmp_path / "artifacts", "cifar10-small")
 
@@ -61,7 +59,7 @@ def test_every_preset_builds_once_its_artifacts_are_there(name, place):
         assert set(attack.defenses or ()) <= served
 
 
-@pytest.mark.parametrize("name", [name for name in PRESETS if name != "table 1"])
+@pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("place", VARIANTS, indirect=True)
 def test_commands_for_what_is_missing_parse_and_make_all_of_it(name, place, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -97,13 +95,20 @@ def test_what_is_there_needs_no_command(place):
     assert not any(str(folder) in str(error.value) for folder in needed[:-1])
 
 
-def test_table_1_takes_the_encoders_that_are_there(place):
-    grid = build("table 1", place)
-    assert len(grid.targets) == len(ENCODERS)
-    assert "5 rows" in grid.caption
-    empty = Place("small", place.data, place.artifacts / "none", place.bundle)
-    with pytest.raises(GridError, match="table 1 needs encoders"):
-        build("table 1", empty)
+def test_rows_of_table_1_that_are_compared_differ_by_the_rst_term_alone(place):
+    for plain, rst in (("pgdat-random", "rst-random"), ("pgdat", "pgdat-rst")):
+        (job, first, needed), (_, second, same) = (
+            encoder_arguments(place.encoder(name), place.small) for name in (plain, rst)
+        )
+        assert job == "train_robust"
+        assert needed == same
+        changed = [(a, b) for a, b in zip(first, second, strict=True) if a != b]
+        assert changed == [("0", "0.1")]
+    starts = [recipe.start for recipe in ENCODERS.values()]
+    assert [start for start in starts if start] == ["pgdat-random", "pgdat-random", "trades"]
+    # Each can be trained when its turn comes.
+    order = list(ENCODERS)
+    assert all(order.index(r.start) < order.index(name) for name, r in ENCODERS.items() if r.start)
 
 
 def test_controls_stand_in_every_table_of_the_purifier(place):
