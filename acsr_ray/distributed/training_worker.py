@@ -14,6 +14,7 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed
+from tensorboardX import SummaryWriter
 from torch import Tensor, nn
 
 from acsr_ray.artifacts import ArtifactError
@@ -124,6 +125,9 @@ class _Run:
         self.position = Position()
         self.metrics: dict[str, Any] | None = None
         self.unreadable = 0
+        self.board = None
+        if task.tensorboard is not None and not rank:
+            self.board = SummaryWriter(task.tensorboard)
 
     def run(self) -> None:
         self._restore()
@@ -159,6 +163,8 @@ class _Run:
         self._count_unreadable()
         self.metrics = {"unreadable_images": self.position.unreadable, **self._closing_metrics()}
         self._report()
+        if self.board is not None:
+            self.board.close()
 
     def _batches(self) -> Iterator[Any]:
         order, position = self.task.order, self.position
@@ -267,14 +273,9 @@ class _Run:
             self.task.journal.add.remote(line)
 
     def _tell(self, stats: EpochStats) -> None:
-        if self.rank:
-            return
         self._say(str(stats))
-        if self.task.tensorboard is None:
-            return
-        from tensorboardX import SummaryWriter
-
-        with SummaryWriter(self.task.tensorboard) as writer:
-            writer.add_scalar("loss", stats.loss, stats.epoch)
-            writer.add_scalar("images_per_second", stats.images_per_second, stats.epoch)
-            writer.add_scalar("lr", self.stepper.optimizer.param_groups[0]["lr"], stats.epoch)
+        if self.board is not None:
+            self.board.add_scalar("loss", stats.loss, stats.epoch)
+            self.board.add_scalar("images_per_second", stats.images_per_second, stats.epoch)
+            self.board.add_scalar("lr", self.stepper.optimizer.param_groups[0]["lr"], stats.epoch)
+            self.board.flush()

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
 
 from acsr_ray.artifacts import load_tensors
 from acsr_ray.distributed.runtime import RaySettings
@@ -77,6 +78,28 @@ def test_workers_make_the_run_of_one_process(workers, alone, shards, tmp_path, r
         np.testing.assert_allclose(weights[name], tensor, atol=2e-3, err_msg=name)
     manifest = json.loads((tmp_path / "target" / "manifest.json").read_text())
     assert manifest["metrics"]["train_images"] == 240
+    (events,) = (tmp_path / ".runs").glob("*/tensorboard/events*")
+    assert events.read_bytes().count(b"images_per_second") == 3
+
+
+def test_checkpoints_go_to_any_uri_and_a_finished_run_is_not_made_again(alone, shards, tmp_path, ray_local):
+    metrics, _ = alone
+    storage = tmp_path / "elsewhere"
+    options = {"storage": storage.as_uri(), "name": "mine"}
+    first = train_target(settings(shards, tmp_path / "a" / "target", 1, **options))
+    assert first["epoch_losses"] == pytest.approx(metrics["epoch_losses"], rel=1e-3)
+    saved = sorted(storage.glob("mine/checkpoint_*/state.safetensors"))
+    assert saved
+    assert not (tmp_path / "a" / ".runs").exists()
+    # The same name: the weights come from the closing checkpoint, without a step.
+    again = train_target(settings(shards, tmp_path / "b" / "target", 1, **options))
+    assert again == first
+    weights = [load_tensors(tmp_path / name / "target" / "weights.safetensors") for name in "ab"]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    # Other settings under the same name begin anew.
+    shorter = settings(shards, tmp_path / "c" / "target", 1, **options)
+    shorter = shorter.model_copy(update={"optimizer": SCHEDULE.model_copy(update={"epochs": 1})})
+    assert len(train_target(shorter)["epoch_losses"]) == 1
 
 
 def train_processes(driver: int) -> list[psutil.Process]:
