@@ -11,13 +11,25 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pyarrow.parquet as pq
 import pytest
 import torch
 
-from acsr_ray.artifacts import load_tensors
+from acsr_ray.artifacts import begin_artifact, finish_artifact, load_tensors, save_tensors
+from acsr_ray.clustering.assignments import ASSIGNMENTS, GAUSSIANS, Assignments
+from acsr_ray.clustering.gaussians import fit_gaussians
+from acsr_ray.corpus.labelled import parquet_shards
 from acsr_ray.distributed.runtime import RaySettings
-from acsr_ray.distributed.training import TrainTargetSettings, train_target
+from acsr_ray.distributed.training import (
+    TrainBaselineSettings,
+    TrainRobustSettings,
+    TrainTargetSettings,
+    train_baseline,
+    train_robust,
+    train_target,
+)
 from acsr_ray.training.loop import OptimizerConfig
+from acsr_ray.training.objectives import InnerAttack
 from acsr_ray.training.settings import RunSettings
 
 pytestmark = pytest.mark.ray
@@ -100,6 +112,48 @@ def test_checkpoints_go_to_any_uri_and_a_finished_run_is_not_made_again(alone, s
     shorter = settings(shards, tmp_path / "c" / "target", 1, **options)
     shorter = shorter.model_copy(update={"optimizer": SCHEDULE.model_copy(update={"epochs": 1})})
     assert len(train_target(shorter)["epoch_losses"]) == 1
+
+
+def test_rst_on_two_workers_is_that_of_one_process(shards, tmp_path, ray_local):
+    """GroupNorm, so that no worker's batch statistics enter; every image has its cluster on every worker."""
+    common = {"train": (shards[0],), "validation": (shards[1],), "device": "cpu"}
+    train_baseline(
+        TrainBaselineSettings(
+            **common,
+            output=tmp_path / "baseline",
+            architecture="wrn-10-1-gn",
+            image_size=16,
+            optimizer=SCHEDULE.model_copy(update={"epochs": 1}),
+            run=RunSettings(workers=0),
+        )
+    )
+    rng = np.random.default_rng(0)
+    cluster_id = rng.integers(0, 2, 240).astype(np.int32)
+    labels = pq.read_table(shards[0])["label"].to_numpy()
+    semantics = tmp_path / "semantics"
+    begin_artifact(semantics)
+    (uri,) = parquet_shards([shards[0]])
+    Assignments([uri] * 240, np.arange(240), labels, cluster_id).save(semantics / ASSIGNMENTS)
+    latents = np.abs(rng.standard_normal((240, 64))) + labels[:, None]
+    save_tensors(semantics / GAUSSIANS, fit_gaussians(latents, labels, cluster_id).pack())
+    finish_artifact(semantics, "semantics", [ASSIGNMENTS, GAUSSIANS], {})
+    found = {}
+    for name, workers, alpha in (("one", 0, 0.3), ("two", 2, 0.3), ("plain", 0, 0.0)):
+        found[name] = train_robust(
+            TrainRobustSettings(
+                **common,
+                baseline=tmp_path / "baseline",
+                semantics=semantics,
+                output=tmp_path / name,
+                attack=InnerAttack(steps=2),
+                alpha=alpha,
+                optimizer=SCHEDULE.model_copy(update={"epochs": 2}),
+                run=RunSettings(workers=workers, threads=1, cpus_per_worker=0.5),
+            )
+        )["epoch_losses"]
+    assert found["two"] == pytest.approx(found["one"], rel=1e-3)
+    # The term is there: without it the loss is another one.
+    assert found["one"] != pytest.approx(found["plain"], rel=1e-2)
 
 
 def train_processes(driver: int) -> list[psutil.Process]:
