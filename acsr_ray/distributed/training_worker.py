@@ -130,6 +130,11 @@ class _Run:
             self.board = SummaryWriter(task.tensorboard)
 
     def run(self) -> None:
+        batch_norm = any(isinstance(part, nn.BatchNorm2d) for part in self.model.modules())
+        if self.workers > 1 and batch_norm:
+            self._say(
+                "batch statistics are each worker's own on CPUs; with a -gn network they would not matter"
+            )
         self._restore()
         if self.metrics is not None:
             return

@@ -63,7 +63,9 @@ def bundle_report(
         for class_id, cluster_id in zip(first.class_id.tolist(), first.cluster_id.tolist(), strict=True)
     ]
     pictures: tuple[Picture, ...] = ()
-    curves = semantics["classes"]
+    # Shards may not know the names; the classes come in the order of their ids either way.
+    found = semantics["classes"]
+    curves = dict(zip(class_names if len(class_names) == len(found) else found, found.values(), strict=True))
     notes: tuple[str, ...] = ()
     try:
         drawn = dict(list(curves.items())[:DRAWN_CLASSES])
