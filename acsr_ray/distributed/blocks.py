@@ -49,7 +49,8 @@ def map_in_actors(
     gpus: float = 0.0,
 ) -> Dataset:
     """Apply a stage that loads a model to every block, in a pool of actors of fixed size."""
-    return blocks.map_batches(
+    # Not map_batches: with GPUs it insists on a number of rows per call, and a call here is a whole block.
+    return blocks.map_batches_internal(
         stage,
         fn_constructor_kwargs=options,
         batch_size=None,

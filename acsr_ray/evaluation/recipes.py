@@ -23,7 +23,10 @@ SMALL_STEPS = {"magnet": 2500, "pixel_cnn": 8000}
 """Gradient steps of the rivals that the small tables were measured with."""
 
 PRETRAINING = "imagenet10-64"
-"""Data set of the weights that the transfer-learning ablation starts from, and that its bundle is made of."""
+"""Data set of the weights that the transfer-learning ablation starts from."""
+
+IMAGENET_BUNDLE = "imagenet10-small"
+"""Packaged bundle of ImageNet-10."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,7 @@ class Place:
 
     def bundle_of(self, data: str) -> str:
         """Return the bundle that purifies a data set; content filters are out of distribution (T5)."""
-        return (
-            str(self.artifacts / "bundles" / "imagenet10") if data.startswith("imagenet10") else self.bundle
-        )
+        return IMAGENET_BUNDLE if data.startswith("imagenet10") else self.bundle
 
 
 def find_splits(folder: Path) -> tuple[list[str], list[str], list[str]]:
@@ -134,9 +135,7 @@ def recipe(path: Path, place: Place) -> list[str]:
         if steps is not None:
             flags += [f"--{made.replace('_', '-')}.steps", str(steps)]
         return [_command("train_defense", data, path, place, flags, validated=False)]
-    if path.parent.parent.name == "encoders":
-        return _encoder_commands(path, place)
-    return _bundle_commands(path, place)
+    return _encoder_commands(path, place)
 
 
 def _encoder_commands(path: Path, place: Place) -> list[str]:
@@ -145,29 +144,6 @@ def _encoder_commands(path: Path, place: Place) -> list[str]:
     before = [command for artifact in needed for command in _unless_there(artifact, place)]
     validated = job != "learn_semantics"
     return [*before, _command(job, "cifar10", path, place, flags, validated=validated)]
-
-
-def _bundle_commands(bundle: Path, place: Place) -> list[str]:
-    """Return the four jobs that make a bundle; settings from a file, data and folders from the place."""
-    train, validation, _ = place.splits(PRETRAINING)
-    work = place.artifacts / bundle.name
-    folders = {name: str(work / name) for name in ("baseline", "semantics", "robust")}
-    seen, held_out = ["--train", *train], ["--validation", *validation]
-    made_of = {name: ["--" + name, folder] for name, folder in folders.items()}
-    flags = {
-        "train_baseline": [*seen, *held_out, "--output", folders["baseline"]],
-        "learn_semantics": [*seen, *made_of["baseline"], "--output", folders["semantics"]],
-        "train_robust": [
-            *(*seen, *held_out, *made_of["baseline"], *made_of["semantics"]),
-            *("--output", folders["robust"]),
-        ],
-        "build_bundle": [
-            *(*held_out, *made_of["baseline"], *made_of["semantics"], *made_of["robust"]),
-            *("--output", str(bundle)),
-        ],
-    }
-    config = ["--config", f"jobs/configs/{bundle.name}-small.yaml"]
-    return [shlex.join(["python", f"jobs/{job}.py", *config, *given]) for job, given in flags.items()]
 
 
 def _unless_there(path: Path, place: Place) -> list[str]:

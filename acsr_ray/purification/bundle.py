@@ -31,6 +31,8 @@ from acsr_ray.sparse.cbpdn import CbpdnConfig
 from acsr_ray.sparse.tikhonov import TikhonovConfig
 
 DEFAULT_BUNDLE = "cifar10-small"
+ALIASES = {"cifar10": "cifar10-small", "imagenet10-64": "imagenet10-small"}
+"""Other names of packaged bundles: what a data set is best served with today, whatever that is called."""
 ALGORITHM_VERSION = 1
 """Raised when the same bundle and input would give other pixels."""
 
@@ -119,14 +121,15 @@ def load_bundle(location: str | Path) -> Bundle:
 
 
 def find_bundle(location: str | Path) -> Path:
-    """Return the directory of a bundle given by path or by the name of a packaged one."""
+    """Return the directory of a bundle given by path, or by name or alias of a packaged one."""
     path = Path(location)
     if path.is_dir():
         return path.resolve()
     packaged = Path(str(files("acsr_ray") / "bundles"))
     names = sorted(entry.parent.name for entry in packaged.glob("*/manifest.json"))
-    if str(location) in names:
-        return packaged / str(location)
+    name = ALIASES.get(str(location), str(location))
+    if name in names:
+        return packaged / name
     raise ArtifactError(
         f"no bundle {str(location)!r}: not a directory, and packaged are {', '.join(names) or 'none'}"
     )

@@ -192,8 +192,8 @@ def test_rivals_of_the_small_tables_are_those_that_were_measured(place, steps, m
 def test_captions_name_the_bundles_that_purify(place):
     for name, bundles in {
         "table 3": "bundle cifar10-small.",
-        "table 4": "bundle imagenet10.",
+        "table 4": "bundle imagenet10-small.",
         "table 5": "bundle cifar10-small.",
-        "figure 4": "bundle cifar10-small, imagenet10.",
+        "figure 4": "bundle cifar10-small, imagenet10-small.",
     }.items():
         assert bundles in PRESETS[name](place).caption

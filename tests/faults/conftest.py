@@ -16,7 +16,7 @@ ENVIRONMENT = {"RAY_worker_niceness": "0", "OMP_NUM_THREADS": "1"}
 
 @dataclass
 class Nodes:
-    """A head without CPUs and two nodes with one each."""
+    """A head without CPUs and GPUs, and two nodes."""
 
     cluster: Any
     nodes: list[Any]
@@ -48,14 +48,14 @@ def start_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Nodes
 
     started = []
 
-    def start(*, gpus: int = 0, dashboard: bool = False, **environment: str) -> Nodes:
+    def start(*, cpus: int = 1, gpus: int = 0, dashboard: bool = False, **environment: str) -> Nodes:
         for name, value in {**ENVIRONMENT, **environment}.items():
             monkeypatch.setenv(name, value)
         memory = {"object_store_memory": 100 * 2**20}
         head = {"num_cpus": 0, "num_gpus": 0, "include_dashboard": dashboard, **memory}
         cluster = Cluster(initialize_head=True, head_node_args=head)
         started.append(cluster)
-        nodes = [cluster.add_node(num_cpus=1, num_gpus=gpus, **memory) for _ in range(2)]
+        nodes = [cluster.add_node(num_cpus=cpus, num_gpus=gpus, **memory) for _ in range(2)]
         return Nodes(cluster, nodes)
 
     yield start

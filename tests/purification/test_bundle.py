@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from acsr_ray.artifacts import ArtifactError, load_artifact
 from acsr_ray.purification.bundle import (
+    ALIASES,
     CLUSTERS,
     DICTIONARIES,
     ENCODER,
@@ -114,6 +115,29 @@ def test_find_by_directory_and_by_packaged_name(tiny_bundle, tmp_path, monkeypat
     assert load_bundle("small").config.name == "tiny"
     with pytest.raises(ArtifactError, match=r"packaged are small$"):
         find_bundle("half-written")
+
+
+def test_aliases_name_the_packaged_bundles():
+    assert find_bundle("cifar10") == find_bundle("cifar10-small")
+    for alias, name in ALIASES.items():
+        assert load_bundle(alias).config == load_bundle(name).config
+
+
+def test_half_precision_halves_the_weights_and_keeps_the_selection(tiny_bundle, tmp_path):
+    bundle = load_bundle(tiny_bundle)
+    save_bundle(tmp_path / "half", bundle, {}, half=True)
+    half = load_bundle(tmp_path / "half")
+    for name in ("encoder", "clusters"):
+        sizes = [
+            (folder / f"{name}.safetensors").stat().st_size for folder in (tiny_bundle, tmp_path / "half")
+        ]
+        assert sizes[1] < 0.65 * sizes[0]
+    assert half.gaussians.whitening.dtype == torch.float32
+    torch.testing.assert_close(half.gaussians.whitening, bundle.gaussians.whitening, rtol=1e-3, atol=1e-6)
+    images = torch.rand(24, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    whole, rounded = (Purifier(loaded).purify(images) for loaded in (bundle, half))
+    assert (whole.cluster_id == rounded.cluster_id).float().mean() > 0.9
+    torch.testing.assert_close(rounded.distance, whole.distance, rtol=2e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("name", ["no-such-bundle", "/nowhere/at/all", "../bundles"])
