@@ -9,6 +9,7 @@ import ray
 from acsr_ray.clustering.elbow import ClassClusters, ElbowConfig, choose_clusters, split_class
 from acsr_ray.clustering.kmeans import resolve_backend
 from acsr_ray.distributed.latents import Latents
+from acsr_ray.distributed.runtime import check_task
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +19,12 @@ def cluster_classes(latents: Latents, config: ElbowConfig, seed: int) -> dict[in
 
     The tasks of a class share one copy of its latents, in the object store; the driver holds none. The
     largest k, which take longest, start first.
+
+    Raises:
+        ResourceError: no node can hold a task.
+        ValueError: latents that are not finite.
     """
+    check_task("k-means", config.task_cpus, config.task_gpus)
     config = config.model_copy(update={"backend": backend_of(config)})
     logger.info("k-means: %s, %g CPUs and %g GPUs a task", config.backend, config.task_cpus, config.task_gpus)
     labels, counts = np.unique(latents.labels, return_counts=True)

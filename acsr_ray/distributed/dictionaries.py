@@ -16,7 +16,7 @@ from acsr_ray.artifacts import json_digest, load_tensors, save_tensors
 from acsr_ray.config import AcsrError, Described
 from acsr_ray.corpus.images import DecodeLimits, to_unit_range
 from acsr_ray.corpus.rows import crop_alike, read_rows
-from acsr_ray.distributed.runtime import GPU_DEVICE
+from acsr_ray.distributed.runtime import GPU_DEVICE, check_task
 from acsr_ray.sparse.cdl import CdlConfig, learn_dictionary
 from acsr_ray.sparse.tikhonov import TikhonovConfig, tikhonov_split
 
@@ -97,7 +97,9 @@ def learn_dictionaries(
 
     Raises:
         DictionaryError: a task failed; finished dictionaries stay for the next run.
+        ResourceError: no node can hold a task.
     """
+    check_task("dictionary learning", config.task_cpus, config.task_gpus)
     paths = [directory / _file_name(cluster, config, seed) for cluster in clusters]
     pending = [k for k, path in enumerate(paths) if not path.exists()]
     logger.info("%d dictionaries, %d finished before", len(paths), len(paths) - len(pending))

@@ -92,15 +92,16 @@ def share_resources(device: Device, settings: RaySettings, num_units: int) -> St
     purify = min(settings.actors or int(gpus if on_gpu else cpus) or 1, num_units)
     # Encoding costs a small part of sparse coding on CPU; on GPU both pools share each card.
     encode = purify if on_gpu else math.ceil(purify / 4)
-    share = gpus / purify if on_gpu else 0.0
+    share = 1 / math.ceil(purify / gpus) if on_gpu else 0.0
     return StageShares(
         device=GPU_DEVICE if on_gpu else "cpu",
         encode_actors=encode,
         encode_cpus=_rounded(min(0.25, 0.25 * cpus / encode)),
-        encode_gpus=_rounded(0.3 * min(1.0, share)),
+        # Ray packs small shares on one card: all of them together leave room for a purifier there.
+        encode_gpus=_rounded(0.3 * share / encode),
         purify_actors=purify,
         purify_cpus=_rounded(min(0.5, 0.5 * cpus / purify)),
-        purify_gpus=_rounded(0.7 * min(1.0, share)),
+        purify_gpus=_rounded(0.7 * share),
         select_cpus=0.05,
         task_cpus=0.2,
         tasks=min(int(cpus), num_units),
@@ -122,6 +123,21 @@ def takes_gpus(device: Device) -> bool:
     if device == "cuda" and not there:
         raise ResourceError("device is cuda, but the Ray cluster has no GPU")
     return there and device != "cpu"
+
+
+def node_resources() -> list[dict[str, float]]:
+    """Return the total resources of every node of the connected cluster that is alive."""
+    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def check_task(what: str, cpus: float, gpus: float) -> None:
+    """Raise `ResourceError` unless some node can hold a task; it would wait for ever without a word."""
+    nodes = node_resources()
+    if not any(node.get("CPU", 0.0) >= cpus and node.get("GPU", 0.0) >= gpus for node in nodes):
+        sizes = ", ".join(f"{node.get('CPU', 0):g} and {node.get('GPU', 0):g}" for node in nodes)
+        raise ResourceError(
+            f"{what} asks for {cpus:g} CPUs and {gpus:g} GPUs a task; the cluster's nodes have {sizes}"
+        )
 
 
 def cluster_resources() -> dict[str, float]:

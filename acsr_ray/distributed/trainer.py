@@ -1,6 +1,7 @@
 """Training runs on Ray Train: workers, storage and retries around `training_worker`."""
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from acsr_ray.distributed.runtime import (
     GPU_DEVICE,
     RaySettings,
     ResourceError,
-    cluster_resources,
+    node_resources,
     ray_session,
     takes_gpus,
 )
@@ -151,28 +152,85 @@ def run_identity(training: Training, shards: TrainingShards, order: Order) -> st
 
 
 def place_workers(device: Device, run: RunSettings) -> Placement:
-    """Divide the connected cluster between workers and the tasks that read for them."""
-    total = cluster_resources()
-    cpus, gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
+    """Divide the connected cluster between workers and the tasks that read for them.
+
+    A worker lives on one node, so what counts is each node's room, not their sum.
+
+    Raises:
+        ResourceError: the workers do not fit, or two of them would share a card, which NCCL refuses.
+    """
     on_gpu = takes_gpus(device)
-    share = run.gpus_per_worker or 1.0
-    workers = run.workers or (max(1, int(gpus / share)) if on_gpu else 1)
-    each = run.cpus_per_worker or max(0.1, round((1 - READING_SHARE) * cpus / workers, 3))
-    if workers * each >= cpus or (on_gpu and workers * share > gpus):
+    share = (run.gpus_per_worker or 1.0) if on_gpu else 0.0
+    rooms = [
+        (node.get("CPU", 0.0), int(node.get("GPU", 0.0) / share + 1e-9) if on_gpu else None)
+        for node in node_resources()
+    ]
+    cards = sum(slots or 0 for _, slots in rooms)
+    workers = run.workers or (max(1, cards) if on_gpu else 1)
+    if workers > 1 and on_gpu and share <= 0.5 and GPU_DEVICE == "cuda":
+        raise ResourceError(f"{workers} workers of {share:g} GPUs could share a card, which NCCL refuses")
+    each = run.cpus_per_worker or _cpus_per_worker(rooms, workers)
+    if not each or _fitting(rooms, each) < workers:
+        sizes = ", ".join(f"{cpus:g} CPUs" + (f" and {s} such shares" if on_gpu else "") for cpus, s in rooms)
         raise ResourceError(
-            f"{workers} workers of {each:g} CPUs{f' and {share:g} GPUs' if on_gpu else ''} do not fit, with "
-            f"their readers, a cluster of {cpus:g} CPUs and {gpus:g} GPUs"
+            f"{workers} workers{f' of {share:g} GPUs' if on_gpu else ''}"
+            f"{f' of {each:g} CPUs' if each else ''} do not fit the cluster's nodes, which have {sizes}"
         )
-    tasks = max(1, int(cpus / workers))
+    cpus = sum(cpus for cpus, _ in rooms)
+    left, tasks = cpus - workers * each, max(1, int(cpus / workers))
+    if left <= 0:
+        raise ResourceError(
+            f"{workers} workers of {each:g} CPUs leave nothing of {cpus:g} CPUs to the tasks that read"
+        )
     return Placement(
         device=GPU_DEVICE if on_gpu else "cpu",
         workers=workers,
         cpus=each,
-        gpus=share if on_gpu else 0.0,
+        gpus=share,
         threads=run.threads or max(1, int(cpus / workers)),
-        decode_cpus=int(1000 * (cpus - workers * each) / (workers * tasks)) / 1000,
+        decode_cpus=min(1.0, int(1000 * left / (workers * tasks)) / 1000),
         decode_tasks=tasks,
     )
+
+
+def _fitting(rooms: Sequence[tuple[float, int | None]], each: float) -> int:
+    """Return how many workers of `each` CPUs the nodes (CPUs, GPU shares or None) hold."""
+    by_cpus = [(int(cpus / each + 1e-9), slots) for cpus, slots in rooms]
+    return sum(fitting if slots is None else min(fitting, slots) for fitting, slots in by_cpus)
+
+
+def _cpus_per_worker(rooms: Sequence[tuple[float, int | None]], workers: int) -> float | None:
+    """Return the most CPUs that all workers can have while their readers keep some; None if none does."""
+    shares = [_spare(cpus, here) / here for cpus, _ in rooms for here in range(1, workers + 1)]
+
+    def hold(each: float) -> int:
+        return sum(
+            max(
+                (
+                    k
+                    for k in range(1, min(workers, slots or workers) + 1)
+                    if k * each <= _spare(cpus, k) + 1e-9
+                ),
+                default=0,
+            )
+            for cpus, slots in rooms
+            if slots != 0
+        )
+
+    return max(
+        (math.floor(1000 * each) / 1000 for each in shares if each > 0 and hold(each) >= workers),
+        default=None,
+    )
+
+
+def _spare(cpus: float, here: int) -> float:
+    """Return the CPUs of a node that so many workers may take together.
+
+    Ray Data divides what they leave among their readers in whole CPUs, so a node with enough keeps one per
+    worker or a quarter, whichever is more; a smaller one keeps a quarter.
+    """
+    kept = max(here, math.ceil(cpus * READING_SHARE))
+    return cpus - kept if cpus > kept else (1 - READING_SHARE) * cpus
 
 
 def _fit(

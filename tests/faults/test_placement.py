@@ -6,27 +6,7 @@ from collections import defaultdict
 import pyarrow.parquet as pq
 import pytest
 
-from acsr_ray.distributed import runtime, trainer
-from acsr_ray.distributed.runtime import ResourceError
-from acsr_ray.distributed.trainer import place_workers
-from acsr_ray.training.settings import RunSettings
-
 TRAIN_WORKERS, TRAIN, KMEANS, DICTIONARY, ATTACK = 2, 0.6, 0.25, 0.2, 0.4
-
-
-@pytest.mark.parametrize(
-    ("device", "gpus", "run"),
-    [
-        ("auto", 2, {"workers": 3}),
-        ("auto", 2, {"workers": 5, "gpus_per_worker": 0.5}),
-        ("cuda", 0, {"workers": 1}),
-    ],
-)
-def test_workers_that_the_gpus_cannot_hold_are_refused(device, gpus, run, monkeypatch):
-    for module in (runtime, trainer):
-        monkeypatch.setattr(module, "cluster_resources", lambda: {"CPU": 8.0, "GPU": float(gpus)})
-    with pytest.raises(ResourceError, match="GPU"):
-        place_workers(device, RunSettings(cpus_per_worker=0.5, **run))
 
 
 def gpus_of(needs):
