@@ -46,9 +46,9 @@ def table1(place: Place) -> Grid:
         title="Table 1: robust encoders under white-box attacks, CIFAR-10",
         caption=f"{plan.architecture} trained for {plan.epochs} epochs from random weights (TRADES "
         f"{plan.trades_epochs}), {plan.tuning_epochs} more where the brackets name the start; l2 0.3, PGD of "
-        f"{plan.attack_steps} steps inside. RST: alpha 0.1. CW has no radius and is shown once.",
+        f"{plan.attack_steps} steps inside. RST: alpha 0.1.",
         layout="targets",
-        data=(evaluation_data("cifar10", place, 200),),
+        data=(evaluation_data("cifar10", place, 500),),
         targets=tuple(targets),
         attacks=tuple(attacks),
         defenses=(no_defense(),),
