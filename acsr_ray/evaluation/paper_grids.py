@@ -48,7 +48,7 @@ def table1(place: Place) -> Grid:
         f"{plan.trades_epochs}), {plan.tuning_epochs} more where the brackets name the start; l2 0.3, PGD of "
         f"{plan.attack_steps} steps inside. RST: alpha 0.1.",
         layout="targets",
-        data=(evaluation_data("cifar10", place, 500),),
+        data=(evaluation_data("cifar10", place, 200),),
         targets=tuple(targets),
         attacks=tuple(attacks),
         defenses=(no_defense(),),

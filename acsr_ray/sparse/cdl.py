@@ -6,7 +6,9 @@ steps with projection minimise. Source: Liu, Garcia-Cardona, Wohlberg and Yin 20
 method that the ACSR paper cites for scale. Shapes: N images, C channels, M atoms, F frequencies.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +37,8 @@ class CdlConfig(Described):
     """FISTA steps per dictionary update."""
     forgetting: float = Field(5.0, ge=0)
     """Exponent p of the weight (1 - 1/t)^p of the past at update t; 0 forgets nothing."""
+    backend: Literal["acsr", "sporco"] = "acsr"
+    """Learner: `sporco` is its online one, by gradient steps (no update_steps or forgetting), with CuPy on GPUs."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,9 @@ def learn_dictionary(highpass: Tensor, config: CdlConfig, *, seed: int) -> CdlRe
         seed: fixes the starting atoms and the order of the images.
 
     Raises:
-        ValueError: no images, images smaller than an atom, or values that are not finite.
+        ValueError: no images, images smaller than an atom, or values that are not finite; with sporco, fewer
+            than two atoms.
+        ImportError: the backend is sporco and it, or on a GPU its CuPy half, is missing.
     """
     if highpass.ndim != 4 or not len(highpass) or min(highpass.shape[2:]) < config.support:
         raise ValueError(
@@ -63,22 +69,31 @@ def learn_dictionary(highpass: Tensor, config: CdlConfig, *, seed: int) -> CdlRe
         )
     if not torch.isfinite(highpass).all():
         raise ValueError("highpass must be finite")
+    if config.backend == "sporco":
+        from acsr_ray.sparse.cdl_sporco import learn_with_sporco
+
+        return learn_with_sporco(highpass, config, seed=seed)
     generator = torch.Generator().manual_seed(seed)
-    atoms = _random_patches(highpass, config, generator)
+    atoms = random_patches(highpass, config, generator)
     surrogate: tuple[Tensor, Tensor] | None = None
     objective: list[float] = []
-    for _ in range(config.epochs):
-        for chosen in torch.randperm(len(highpass), generator=generator).split(config.batch_size):
-            batch = highpass[chosen.to(highpass.device)]
-            coded = Cbpdn(atoms, config.code).solve(batch)
-            objective.append(coded.objective.mean().item())
-            weight = (1 - 1 / len(objective)) ** config.forgetting
-            surrogate = _accumulate(surrogate, coded.maps, batch, weight)
-            atoms = _update_atoms(atoms, *surrogate, highpass.shape[-2:], config.update_steps)
+    for batch in mini_batches(highpass, config, generator):
+        coded = Cbpdn(atoms, config.code).solve(batch)
+        objective.append(coded.objective.mean().item())
+        weight = (1 - 1 / len(objective)) ** config.forgetting
+        surrogate = _accumulate(surrogate, coded.maps, batch, weight)
+        atoms = _update_atoms(atoms, *surrogate, highpass.shape[-2:], config.update_steps)
     return CdlResult(atoms, tuple(objective))
 
 
-def _random_patches(highpass: Tensor, config: CdlConfig, generator: torch.Generator) -> Tensor:
+def mini_batches(highpass: Tensor, config: CdlConfig, generator: torch.Generator) -> Iterator[Tensor]:
+    """Yield batches (n <= batch_size, C, H, W) of all passes, each pass in an order of its own."""
+    for _ in range(config.epochs):
+        for chosen in torch.randperm(len(highpass), generator=generator).split(config.batch_size):
+            yield highpass[chosen.to(highpass.device)]
+
+
+def random_patches(highpass: Tensor, config: CdlConfig, generator: torch.Generator) -> Tensor:
     """Start from patches of the images themselves plus a little noise, which keeps flat ones apart."""
     count, _, height, width = highpass.shape
     side, patches = config.support, []
