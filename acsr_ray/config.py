@@ -42,6 +42,8 @@ class Settings(BaseModel):
 
 NOT_DECIDING = {"config", "output", "ray", "run", "device", "max_in_flight"}
 """Settings of a job that do not change what it makes."""
+RESOURCES = {"task_cpus", "task_gpus"}
+"""The same, at any depth."""
 
 
 class JobSettings(Settings):
@@ -52,7 +54,15 @@ class JobSettings(Settings):
 
     def deciding(self) -> dict[str, Any]:
         """Return the settings that decide what the job makes, as JSON values, for manifests."""
-        return self.model_dump(mode="json", exclude=NOT_DECIDING)
+        return _without(self.model_dump(mode="json", exclude=NOT_DECIDING), RESOURCES)
+
+
+def _without(settings: dict[str, Any], names: set[str]) -> dict[str, Any]:
+    return {
+        name: _without(value, names) if isinstance(value, dict) else value
+        for name, value in settings.items()
+        if name not in names
+    }
 
 
 class AcsrError(Exception):

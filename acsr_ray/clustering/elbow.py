@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pydantic import Field
+from torch import Tensor
 
 from acsr_ray.clustering.kmeans import (
     Backend,
@@ -105,12 +107,12 @@ def split_class(latents: NDArray[Any], k: int, config: ElbowConfig, seed: int) -
         ValueError: latents that are not finite.
     """
     backend = resolve_backend(config.backend)
-    fit = fit_kmeans(latents, k, restarts=config.restarts, seed=seed, backend=backend)
+    fit = fit_kmeans(_on_device(latents, backend), k, restarts=config.restarts, seed=seed, backend=backend)
     shares = []
     for draw in range(min(BLOBS, max(1, BLOB_LATENTS // len(latents)))):
         blob = _gaussian_blob(latents, seed + draw)
         whole = float(((blob - blob.mean(0)) ** 2).sum())
-        split = fit_kmeans(blob, k, restarts=config.restarts, seed=seed, backend=backend)
+        split = fit_kmeans(_on_device(blob, backend), k, restarts=config.restarts, seed=seed, backend=backend)
         shares.append(split.wcss / max(whole, np.finfo(np.float64).tiny))
     return Split(fit, min(shares))
 
@@ -147,6 +149,11 @@ def cluster_class(latents: NDArray[Any], config: ElbowConfig, seed: int) -> Clas
     return choose_clusters(
         latents, config, *(split_class(latents, k, config, seed) for k in range(1, largest + 1))
     )
+
+
+def _on_device(latents: NDArray[Any], backend: Backend) -> NDArray[Any] | Tensor:
+    """Return latents where the backend takes them without another copy: for cuML a tensor on the GPU."""
+    return torch.from_numpy(np.asarray(latents, np.float32)).cuda() if backend == "cuml" else latents
 
 
 def _gaussian_blob(latents: NDArray[Any], seed: int) -> NDArray[np.float64]:

@@ -119,3 +119,8 @@ def label_names(schema: pa.Schema) -> tuple[str, ...]:
         return ()
     features = json.loads(metadata).get("info", {}).get("features", {})
     return tuple(features.get(LABEL, {}).get("names", ()))
+
+
+def sample_rows(count: int, most: int) -> NDArray[np.int64]:
+    """Return positions of at most so many rows, in order; always the same ones of the same count."""
+    return np.sort(np.random.default_rng(0).permutation(count)[:most])

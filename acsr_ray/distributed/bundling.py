@@ -20,7 +20,7 @@ from acsr_ray.clustering.gaussians import GaussianMoments, Gaussians
 from acsr_ray.clustering.selection import RULES, SelectionRule
 from acsr_ray.config import Device, JobSettings
 from acsr_ray.distributed.encoding import cluster_moments, start_attack
-from acsr_ray.distributed.latents import labelled_data_digest
+from acsr_ray.distributed.latents import TRAINING_DATA, labelled_data_digest
 from acsr_ray.distributed.runtime import RaySettings, ray_session
 from acsr_ray.distributed.semantics import load_semantics_dictionaries
 from acsr_ray.evaluation.bundle_report import Measured, bundle_report
@@ -124,7 +124,7 @@ def build_bundle(settings: BuildBundleSettings) -> dict[str, Any]:
     content = {
         "gaussians": origin,
         "selection_on_validation": [_described(entry) for entry in measured],
-        "training_data_digest": labelled_data_digest(semantics["settings"]["train"]),
+        TRAINING_DATA: labelled_data_digest(semantics["settings"]["train"]),
         "robust": robust.manifest["metrics"],
         # A digest, because a bundle travels and paths of the machine that made it do not.
         "settings_digest": json_digest(settings.deciding()),
@@ -133,8 +133,6 @@ def build_bundle(settings: BuildBundleSettings) -> dict[str, Any]:
             for name in ("baseline", "semantics", "robust")
         },
     }
-    save_bundle(settings.output, bundle, content, half=settings.half_precision)
-    size = sum(path.stat().st_size for path in settings.output.glob("*"))
     page = bundle_report(
         settings.name,
         names,
@@ -145,7 +143,10 @@ def build_bundle(settings: BuildBundleSettings) -> dict[str, Any]:
         atoms,
         f"{threat.norm} {threat.epsilon:.4g} by PGD of 10 steps",
     )
+    # The bundle last: when it is there, so is its report.
     atomic_write(settings.output / REPORT, page.encode())
+    save_bundle(settings.output, bundle, content, half=settings.half_precision)
+    size = sum(path.stat().st_size for path in settings.output.glob("*.safetensors"))
     best = next((entry.outcome for entry in measured if _is(entry, origin, rule)), None)
     return {
         "clusters": len(keys),

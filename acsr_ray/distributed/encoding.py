@@ -12,7 +12,7 @@ from acsr_ray.clustering.assignments import ASSIGNMENTS, Assignments
 from acsr_ray.clustering.gaussians import GaussianMoments
 from acsr_ray.config import Device
 from acsr_ray.distributed.latents import compute_latents
-from acsr_ray.distributed.runtime import GPU_DEVICE, RaySettings, takes_gpus
+from acsr_ray.distributed.runtime import GPU_DEVICE, RaySettings, check_task, takes_gpus
 from acsr_ray.evaluation.selection_quality import HeldOutLatents, held_out_latents
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def start_attack(
 ) -> "ObjectRef[HeldOutLatents]":
     """Start `held_out_latents` as a task, on a GPU share where the cluster has GPUs."""
     on_gpu = takes_gpus(device)
+    check_task("attacking an encoder", ATTACK_CPUS, task_gpus if on_gpu else 0.0)
     task: Any = ray.remote(held_out_latents).options(
         num_cpus=ATTACK_CPUS, num_gpus=task_gpus if on_gpu else 0, max_retries=3
     )

@@ -26,6 +26,9 @@ from acsr_ray.purification.stages import DecodeImages, ReadUnits, batches_by_siz
 
 logger = logging.getLogger(__name__)
 
+TRAINING_DATA = "training_data_digest"
+"""Key of a manifest: `labelled_data_digest` of the shards that an artifact was made from."""
+
 UNIT_ROWS = 500
 BATCH_ROWS = 256
 

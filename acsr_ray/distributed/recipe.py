@@ -9,6 +9,7 @@ from typing import Any
 from acsr_ray.artifacts import ArtifactError, artifact_digest, json_digest, load_artifact
 from acsr_ray.config import ConfigError, JobSettings, load_section, parse_job
 from acsr_ray.distributed.bundling import BuildBundleSettings, build_bundle
+from acsr_ray.distributed.latents import TRAINING_DATA, labelled_data_digest
 from acsr_ray.distributed.runtime import RaySettings, ray_session
 from acsr_ray.distributed.semantics import LearnSemanticsSettings, learn_semantics
 from acsr_ray.distributed.training import (
@@ -128,6 +129,12 @@ def _reason(stage: Stage, settings: Any) -> str | None:  # noqa: ANN401
         changed = [name for name, value in wanted.items() if recorded.get(name) != value]
         if changed:
             return f"made with other settings: {', '.join(changed)}"
+    data = manifest.get(TRAINING_DATA)
+    if data is not None and "train" in wanted and data != labelled_data_digest(settings.train):
+        return "its shards were changed"
+    init = getattr(settings, "init", None)
+    if isinstance(init, Path) and manifest.get("init_digest") != artifact_digest(init):
+        return f"made from other weights than those of {init}"
     for name in stage.inputs:
         digest = manifest.get(f"{name}_digest")
         if digest is not None and digest != artifact_digest(getattr(settings, name)):

@@ -26,7 +26,7 @@ from acsr_ray.distributed.dictionaries import (
     learn_dictionaries,
     load_dictionaries,
 )
-from acsr_ray.distributed.latents import Latents, compute_latents
+from acsr_ray.distributed.latents import TRAINING_DATA, Latents, compute_latents, labelled_data_digest
 from acsr_ray.distributed.runtime import RaySettings, cluster_resources, ray_session
 from acsr_ray.models.classifier import load_classifier
 
@@ -93,6 +93,7 @@ def learn_semantics(settings: LearnSemanticsSettings) -> dict[str, Any]:
         "settings": settings.deciding(),
         "class_names": list(names),
         "baseline_digest": artifact_digest(settings.baseline),
+        TRAINING_DATA: labelled_data_digest(settings.train),
         "classes": {
             names[label]: {
                 "clusters": fit.num_clusters,

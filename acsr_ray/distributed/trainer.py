@@ -23,7 +23,7 @@ from acsr_ray.distributed.runtime import (
     ray_session,
     takes_gpus,
 )
-from acsr_ray.distributed.training_worker import WorkerTask, train_worker
+from acsr_ray.distributed.training_worker import HELD_OUT, WorkerTask, train_worker
 from acsr_ray.training.checkpoint import final_weights, read_checkpoint
 from acsr_ray.training.loop import resolve_device
 from acsr_ray.training.order import Order
@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 READING_SHARE = 0.25
 """Share of the CPUs that is left to the tasks that read and decode."""
+MOST_READERS = 16
+"""Reading tasks of one worker at a time."""
 
 
 class TrainingError(AcsrError, RuntimeError):
@@ -92,7 +94,9 @@ def run_training(
         order = training_order(training, shards, 1)
         weights, metrics = train_here(training, shards.units, order, validation, resolve_device(device))
         return Trained(weights, metrics)
-    storage = run.storage or str(output.resolve().parent / ".runs")
+    storage = run.storage or str(output.parent / ".runs")
+    if "://" not in storage:
+        storage = str(Path(storage).resolve())
     with ray_session(settings):
         placement = place_workers(device, run)
         order = training_order(training, shards, placement.workers)
@@ -123,25 +127,33 @@ def run_training(
 
 
 def training_order(training: Training, shards: TrainingShards, workers: int) -> Order:
-    """Return the order of a run; a batch that the lanes do not divide gets fewer, a small corpus also.
+    """Return the order of a run, which does not depend on the number of workers.
+
+    A batch that the lanes do not divide gets fewer lanes, a small corpus also.
 
     Raises:
-        ConfigError: no number of lanes suits batch, workers and images.
+        ConfigError: the workers do not divide the lanes, or the parts of a worker's share are not equal.
     """
     config = training.optimizer
     batch = min(config.batch_size, shards.num_rows)
     unit_rows = tuple(unit.num_rows for unit in shards.units)
     for lanes in range(min(config.lanes, batch, len(unit_rows)), 0, -1):
-        if batch % lanes or lanes % workers:
+        if batch % lanes:
             continue
         order = Order(unit_rows, batch, lanes, max(1, config.shuffle_rows // lanes), training.seed)
         # A deal of few units may leave a lane too short.
         if all(order.serves(epoch) for epoch in range(config.epochs)):
-            return order
-    raise ConfigError(
-        f"{workers} workers cannot share batches of {batch} of {shards.num_rows} images in at most "
-        f"{config.lanes} lanes: a number of lanes must divide the batch, and the workers the lanes"
-    )
+            break
+    if lanes % workers:
+        raise ConfigError(
+            f"{workers} workers cannot divide the {lanes} lanes of batches of {batch} of {shards.num_rows} "
+            f"images; choose --run.workers and --optimizer.lanes (now {config.lanes}) so that they can"
+        )
+    if batch // workers % config.accumulate:
+        raise ConfigError(
+            f"--optimizer.accumulate {config.accumulate} does not divide a worker's {batch // workers} images"
+        )
+    return order
 
 
 def run_identity(training: Training, shards: TrainingShards, order: Order) -> str:
@@ -162,7 +174,7 @@ def place_workers(device: Device, run: RunSettings) -> Placement:
     on_gpu = takes_gpus(device)
     share = (run.gpus_per_worker or 1.0) if on_gpu else 0.0
     rooms = [
-        (node.get("CPU", 0.0), int(node.get("GPU", 0.0) / share + 1e-9) if on_gpu else None)
+        (node.get("CPU", 0.0), _shares(node.get("GPU", 0.0), share) if on_gpu else None)
         for node in node_resources()
     ]
     cards = sum(slots or 0 for _, slots in rooms)
@@ -177,7 +189,11 @@ def place_workers(device: Device, run: RunSettings) -> Placement:
             f"{f' of {each:g} CPUs' if each else ''} do not fit the cluster's nodes, which have {sizes}"
         )
     cpus = sum(cpus for cpus, _ in rooms)
-    left, tasks = cpus - workers * each, max(1, int(cpus / workers))
+    left = cpus - workers * each
+    # What a node's workers divide is that node's CPUs, not the cluster's.
+    node = max(cpus for cpus, _ in rooms)
+    threads = max(1, int(node / math.ceil(workers / sum(cpus >= each for cpus, _ in rooms))))
+    tasks = min(MOST_READERS, threads)
     if left <= 0:
         raise ResourceError(
             f"{workers} workers of {each:g} CPUs leave nothing of {cpus:g} CPUs to the tasks that read"
@@ -187,10 +203,15 @@ def place_workers(device: Device, run: RunSettings) -> Placement:
         workers=workers,
         cpus=each,
         gpus=share,
-        threads=run.threads or max(1, int(cpus / workers)),
+        threads=run.threads or threads,
         decode_cpus=min(1.0, int(1000 * left / (workers * tasks)) / 1000),
         decode_tasks=tasks,
     )
+
+
+def _shares(gpus: float, share: float) -> int:
+    """Return how many shares a node's cards hold; a part of a card lies on one card."""
+    return int(gpus) * int(1 / share + 1e-9) if share <= 1 else int(gpus / share + 1e-9)
 
 
 def _fitting(rooms: Sequence[tuple[float, int | None]], each: float) -> int:
@@ -268,4 +289,5 @@ def _finished(checkpoint: ray.train.Checkpoint, identity: str) -> Trained:
         if found.metrics is None:
             raise TrainingError(f"the last checkpoint, {checkpoint.path}, is not of the end of the run")
         metrics = {**found.metrics, "epoch_losses": list(found.position.losses)}
+        del metrics[HELD_OUT]
         return Trained(final_weights(Path(folder)), metrics)

@@ -6,8 +6,9 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from acsr_ray.artifacts import artifact_digest, load_artifact
+from acsr_ray.artifacts import ArtifactError, artifact_digest, json_digest, load_artifact
 from acsr_ray.config import Device, JobSettings
+from acsr_ray.distributed.latents import TRAINING_DATA
 from acsr_ray.distributed.runtime import RaySettings
 from acsr_ray.distributed.trainer import Trained, run_training
 from acsr_ray.models.classifier import EncoderConfig, load_classifier, save_classifier
@@ -134,7 +135,7 @@ def train_baseline(settings: TrainBaselineSettings) -> dict[str, Any]:
     )
     training = BaselineTraining(encoder=encoder, optimizer=settings.optimizer, seed=settings.seed)
     trained = _train(training, shards, settings)
-    content = _content(settings, trained, {"train_images": shards.num_rows})
+    content = _content(settings, trained, shards, {"train_images": shards.num_rows})
     _save_encoder(settings.output, "baseline", training, encoder, trained, shards.class_names, content)
     return content["metrics"]
 
@@ -142,7 +143,9 @@ def train_baseline(settings: TrainBaselineSettings) -> dict[str, Any]:
 def train_robust(settings: TrainRobustSettings) -> dict[str, Any]:
     """Train f_rob, save it as artifact `robust` and return its closing metrics."""
     baseline = load_classifier(settings.baseline, "baseline")
-    load_artifact(settings.semantics, "semantics")
+    semantics = load_artifact(settings.semantics, "semantics")
+    if semantics["baseline_digest"] != artifact_digest(settings.baseline):
+        raise ArtifactError(f"{settings.semantics} was not made from {settings.baseline}")
     init = settings.baseline if settings.init == "baseline" else settings.init
     if isinstance(init, Path) and init != settings.baseline:
         load_classifier(init, "robust")
@@ -161,10 +164,11 @@ def train_robust(settings: TrainRobustSettings) -> dict[str, Any]:
         semantics_digest=artifact_digest(settings.semantics),
     )
     trained = _train(training, shards, settings)
-    content = _content(settings, trained, {"inner attack": settings.attack.kind})
+    content = _content(settings, trained, shards, {"inner attack": settings.attack.kind})
     content |= {
         "baseline_digest": artifact_digest(settings.baseline),
         "semantics_digest": artifact_digest(settings.semantics),
+        "init_digest": training.init_digest,
     }
     _save_encoder(
         settings.output, "robust", training, baseline.config, trained, baseline.class_names, content
@@ -201,7 +205,7 @@ def train_target(settings: TrainTargetSettings) -> dict[str, Any]:
     model, fresh = training.initialized()
     trained = _train(training, shards, settings)
     model.load_state_dict(trained.weights)
-    content = _content(settings, trained, {"train_images": shards.num_rows})
+    content = _content(settings, trained, shards, {"train_images": shards.num_rows})
     if weights is not None:
         content |= {"init_weights_digest": training.init_digest, "fresh_layers": fresh}
     save_target(settings.output, model, training.target, shards.class_names, content)
@@ -227,9 +231,11 @@ def _train(
 def _content(
     settings: TrainBaselineSettings | TrainRobustSettings | TrainTargetSettings,
     trained: Trained,
+    shards: TrainingShards,
     counted: dict[str, Any],
 ) -> dict[str, Any]:
     return {
+        TRAINING_DATA: json_digest(sorted({unit.content for unit in shards.units})),
         "settings": settings.deciding(),
         "metrics": {**counted, **trained.metrics},
     }

@@ -17,7 +17,7 @@ import torch.distributed
 from tensorboardX import SummaryWriter
 from torch import Tensor, nn
 
-from acsr_ray.artifacts import ArtifactError
+from acsr_ray.artifacts import ArtifactError, json_digest
 from acsr_ray.columns import UNIT
 from acsr_ray.corpus.labelled import read_labelled
 from acsr_ray.corpus.units import Unit
@@ -32,6 +32,9 @@ SPAN_UNITS = 2000
 """Units of one Ray Data pipeline; a new one is started for the next epochs."""
 AGREE_EVERY = 10
 """Steps between two looks at the clock; all workers must write a checkpoint at the same step."""
+
+
+HELD_OUT = "validation_digest"
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ class _Run:
                 "batch statistics are each worker's own on CPUs; with a -gn network they would not matter"
             )
         self._restore()
-        if self.metrics is not None:
+        if self.metrics is not None and self.metrics.get(HELD_OUT) == self._held_out():
             return
         started, saved, images = time.monotonic(), time.monotonic(), 0
         losses = torch.tensor(self.position.loss_sum, device=self.device)
@@ -166,7 +169,11 @@ class _Run:
                 self._report()
                 saved = time.monotonic()
         self._count_unreadable()
-        self.metrics = {"unreadable_images": self.position.unreadable, **self._closing_metrics()}
+        self.metrics = {
+            "unreadable_images": self.position.unreadable,
+            HELD_OUT: self._held_out(),
+            **self._closing_metrics(),
+        }
         self._report()
         if self.board is not None:
             self.board.close()
@@ -203,24 +210,42 @@ class _Run:
         for table in decoded.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
             yield table_to_rows(table, size)
 
+    def _held_out(self) -> str:
+        """Return what the closing metrics are measured on."""
+        return json_digest(list(self.task.validation))
+
     def _restore(self) -> None:
-        """Go on from the newest checkpoint that is whole; older ones stand in for a damaged one."""
+        """Go on from the newest checkpoint that is whole; older ones stand in for a damaged one.
+
+        The first worker chooses for all: workers that went on from different steps would train nonsense.
+        """
         newest = ray.train.get_checkpoint()
         if newest is None:
             return
         reported = [entry.checkpoint for entry in ray.train.get_all_reported_checkpoints()]
         known = {checkpoint.path: checkpoint for checkpoint in [*reported, newest]}
-        for checkpoint in reversed(known.values()):
-            with checkpoint.as_directory() as folder:
-                try:
-                    found = read_checkpoint(Path(folder), self.task.identity)
-                except ArtifactError as error:
-                    self._say(f"checkpoint {checkpoint.path} is passed over: {error}")
-                    continue
-                restore_checkpoint(Path(folder), self.stepper, found.position)
-                self.position, self.metrics = found.position, found.metrics
-                self._say(f"going on at epoch {found.position.epoch + 1}, step {found.position.step + 1}")
-                return
+        chosen = [None if self.rank else self._newest_whole(list(reversed(known.values())))]
+        if self.workers > 1:
+            torch.distributed.broadcast_object_list(chosen, 0)
+        if chosen[0] is None:
+            return
+        with known[chosen[0]].as_directory() as folder:
+            found = read_checkpoint(Path(folder), self.task.identity)
+            restore_checkpoint(Path(folder), self.stepper, found.position)
+        self.position, self.metrics = found.position, found.metrics
+        self._say(f"going on at epoch {found.position.epoch + 1}, step {found.position.step + 1}")
+
+    def _newest_whole(self, checkpoints: Sequence[ray.train.Checkpoint]) -> str | None:
+        for checkpoint in checkpoints:
+            try:
+                with checkpoint.as_directory() as folder:
+                    read_checkpoint(Path(folder), self.task.identity)
+            except (ArtifactError, OSError) as error:
+                self._say(f"checkpoint {checkpoint.path} is passed over: {error}")
+                continue
+            path: str = checkpoint.path
+            return path
+        return None
 
     def _due(self, saved: float) -> bool:
         """Return whether all workers write a checkpoint now."""

@@ -17,7 +17,7 @@ from acsr_ray.attacks.threat import ThreatModel
 from acsr_ray.clustering.gaussians import Gaussians
 from acsr_ray.clustering.selection import SelectionRule, select_cluster
 from acsr_ray.corpus.images import to_unit_range
-from acsr_ray.corpus.labelled import read_labelled
+from acsr_ray.corpus.labelled import read_labelled, sample_rows
 from acsr_ray.evaluation.intervals import wilson_share
 from acsr_ray.models.classifier import Classifier, encode, load_classifier
 
@@ -73,7 +73,7 @@ def held_out_latents(
         classifier: artifact of the encoder.
         kind: of that artifact.
         locations: labelled shards.
-        count: most images.
+        count: most images, drawn at random: shards are often sorted by class.
         threat: the set that attacked images stay in; they are rounded to 8 bits.
         device: where to compute.
         half: round the weights to half precision first.
@@ -82,7 +82,8 @@ def held_out_latents(
     if half:
         loaded.model.half().float()
     data = read_labelled(locations, loaded.config.image_size)
-    pixels, labels = data.pixels[:count], data.labels[:count]
+    chosen = sample_rows(len(data), count)
+    pixels, labels = data.pixels[chosen], data.labels[chosen]
     attacked = attack_pixels(loaded.model, pixels, labels, threat, device)
     return HeldOutLatents(_latents(loaded, pixels, device), _latents(loaded, attacked, device), labels)
 

@@ -25,7 +25,8 @@ class Rows:
     """Decoded rows of one unit: `pixels` (n, S, S, 3) uint8, `labels` (n,) int64.
 
     A row that could not be decoded holds its neighbour's image and label, so that the order of training does
-    not depend on decoding; `unreadable` counts them.
+    not depend on decoding; `unreadable` counts them. Where no row of the unit could be, `source` is -1
+    everywhere, and the rows are replaced when their window is put together.
     """
 
     pixels: Pixels
@@ -82,7 +83,7 @@ def decode_unit(unit: Unit, image_size: int) -> Rows:
     """Read and decode one unit.
 
     Raises:
-        CorpusError: a row without a label, a missing column, or no readable row at all.
+        CorpusError: a row without a label, or a missing column.
     """
     table = read_unit(unit)
     missing = {IMAGE, LABEL} - set(table.column_names)
@@ -96,11 +97,12 @@ def decode_unit(unit: Unit, image_size: int) -> Rows:
             pixels[row] = resize_pixels(decode_image(data, DecodeLimits()), image_size)
         except ImageError:
             continue
+    labels = table[LABEL].to_numpy().astype(np.int64)
     if not pixels:
-        raise CorpusError(f"{unit.uri} has no readable image in rows {unit.first} to {unit.last}")
+        nothing = np.zeros((table.num_rows, image_size, image_size, 3), np.uint8)
+        return Rows(nothing, labels, np.full(table.num_rows, -1), table.num_rows)
     readable = np.array(sorted(pixels))
     source = readable[np.searchsorted(readable[1:], np.arange(table.num_rows), side="right")]
-    labels = table[LABEL].to_numpy().astype(np.int64)
     stacked = np.stack([pixels[row] for row in source.tolist()])
     return Rows(stacked, labels[source], source, table.num_rows - len(readable))
 
@@ -118,11 +120,17 @@ Columns = tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64], NDArray
 def _in_order(window: Window, parts: Sequence[Rows]) -> Columns:
     """Return pixels, labels, units and rows of a window in training order."""
     units = [np.full(len(part.labels), unit) for unit, part in zip(window.units, parts, strict=True)]
+    source = np.concatenate([part.source for part in parts])
+    readable = np.flatnonzero(source >= 0)
+    if not len(readable):
+        raise CorpusError(f"not one of {len(source)} images in a row could be decoded")
+    nearest = readable[np.searchsorted(readable[1:], np.arange(len(source)), side="right")]
+    order = nearest[window.order]
     return (
-        np.concatenate([part.pixels for part in parts])[window.order],
-        np.concatenate([part.labels for part in parts])[window.order],
-        np.concatenate(units)[window.order],
-        np.concatenate([part.source for part in parts])[window.order],
+        np.concatenate([part.pixels for part in parts])[order],
+        np.concatenate([part.labels for part in parts])[order],
+        np.concatenate(units)[order],
+        source[order],
     )
 
 

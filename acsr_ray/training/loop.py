@@ -36,7 +36,7 @@ class OptimizerConfig(Described):
     shuffle_rows: int = Field(16384, ge=1)
     """Images that are shuffled together, over all lanes; readers hold them in memory."""
     peak_lr: float = Field(0.1, gt=0)
-    """Learning rate at the top of the one-cycle schedule (SGD, Nesterov momentum 0.9)."""
+    """Largest learning rate (SGD, Nesterov momentum 0.9; one-cycle moves it between 0.95 and 0.85)."""
     weight_decay: float = Field(5e-4, ge=0)
     """Weight of the squared parameter norm (Eq. 1)."""
     crop_padding: int = Field(4, ge=0)

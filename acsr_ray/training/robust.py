@@ -19,7 +19,7 @@ from acsr_ray.attacks.pgd import attack_pixels
 from acsr_ray.clustering.assignments import ASSIGNMENTS, GAUSSIANS, Assignments
 from acsr_ray.clustering.gaussians import Gaussians, locate_clusters
 from acsr_ray.config import Described
-from acsr_ray.corpus.labelled import LabelledImages
+from acsr_ray.corpus.labelled import LabelledImages, sample_rows
 from acsr_ray.corpus.units import Unit
 from acsr_ray.models.classifier import WEIGHTS, EncoderConfig
 from acsr_ray.models.wide_resnet import WideResNet, build_wide_resnet
@@ -120,14 +120,18 @@ class ClusterOfRows:
     def __init__(self, gaussians: Gaussians, semantics: Path, units: Sequence[Unit]) -> None:
         known = Assignments.load(semantics / ASSIGNMENTS)
         index = locate_clusters(gaussians, known.class_id.tolist(), known.cluster_id.tolist()).numpy()
-        shards = np.asarray(known.shards)
-        self._first = np.array([unit.first for unit in units])
+        uris, shard = np.unique(np.asarray(known.shards), return_inverse=True)
+        by_shard = np.split(
+            np.argsort(shard, kind="stable"), np.cumsum(np.bincount(shard, minlength=len(uris)))[:-1]
+        )
+        of_uri = dict(zip(uris.tolist(), by_shard, strict=True))
         self._of_unit: list[NDArray[np.int64]] = []
         for unit in units:
-            row = known.rows - unit.first
-            here = (shards == unit.uri) & (row >= 0) & (row < unit.num_rows)
+            mine = of_uri.get(unit.uri, np.zeros(0, np.int64))
+            row = known.rows[mine] - unit.first
+            here = (row >= 0) & (row < unit.num_rows)
             clusters = np.full(unit.num_rows, -1)
-            clusters[row[here]] = index[here]
+            clusters[row[here]] = index[mine[here]]
             self._of_unit.append(clusters)
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -145,8 +149,8 @@ def attacked_metrics(
     model: nn.Module, held_out: LabelledImages, attack: InnerAttack, device: str
 ) -> dict[str, float]:
     """Return the white-box accuracy under 10-step PGD, whatever attack was trained on."""
-    pixels = held_out.pixels[:ATTACK_EVALUATION_IMAGES]
-    labels = held_out.labels[:ATTACK_EVALUATION_IMAGES]
+    chosen = sample_rows(len(held_out), ATTACK_EVALUATION_IMAGES)
+    pixels, labels = held_out.pixels[chosen], held_out.labels[chosen]
     attacked = attack_pixels(model, pixels, labels, attack.threat, device)
     return {
         "pgd_images": len(labels),

@@ -1,6 +1,7 @@
 """From a corpus to a bundle by a recipe: the plan, what is skipped, and what a change makes anew."""
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -94,6 +95,8 @@ def test_stages_run_once_and_a_change_runs_what_depends_on_it(written, tmp_path,
     assert (again["run now"], again["done before"]) == ([], JOBS)
     # Where a stage runs does not matter to what it makes.
     assert set(reasons(written(train_baseline__run={"workers": 0, "keep": 4})).values()) == {None}
+    elsewhere = {"k_max": 1, "task_cpus": 0.5, "task_gpus": 0.0}
+    assert set(reasons(written(learn_semantics__elbow=elsewhere)).values()) == {None}
     path = written(train_robust__alpha=0.3)
     assert reasons(path) == {
         "train_baseline": None,
@@ -104,6 +107,12 @@ def test_stages_run_once_and_a_change_runs_what_depends_on_it(written, tmp_path,
     assert make_bundle(MakeBundleSettings(recipe=path))["run now"] == JOBS[2:]
     path = written(build_bundle__name="other")
     assert reasons(path)["build_bundle"] == "made with other settings"
+    shard = tmp_path / "train.parquet"
+    before = shard.read_bytes()
+    pq.write_table(pq.read_table(shard).slice(1), shard)
+    assert reasons(path)["train_baseline"] == "its shards were changed"
+    shard.write_bytes(before)
+    assert reasons(path)["train_baseline"] is None
     (tmp_path / "semantics" / "assignments.parquet").write_bytes(b"x")
     assert "was changed" in reasons(path)["learn_semantics"]
     assert reasons(path)["build_bundle"] == "its semantics is made anew"

@@ -30,7 +30,7 @@ def cluster(monkeypatch):
         ([(2, 0)], {"workers": 2}, (2, 0.75, 0.0, 0.25, 1)),
         ([(1, 0)], {}, (1, 0.75, 0.0, 0.25, 1)),
         # A worker fits one node, whatever the sum of all; a head without CPUs holds none.
-        ([(0, 0), (2, 0), (2, 0)], {}, (1, 1.0, 0.0, 0.75, 4)),
+        ([(0, 0), (2, 0), (2, 0)], {}, (1, 1.0, 0.0, 1.0, 2)),
         ([(2, 0), (2, 0)], {"workers": 2}, (2, 1.0, 0.0, 0.5, 2)),
         ([(16, 0)], {}, (1, 12.0, 0.0, 0.25, 16)),
         ([(0, 0), (8, 1), (8, 1)], {}, (2, 6.0, 1.0, 0.25, 8)),
@@ -38,6 +38,8 @@ def cluster(monkeypatch):
         # Two cards hold one share of 0.6 each.
         ([(8, 1), (8, 1)], {"gpus_per_worker": 0.6}, (2, 6.0, 0.6, 0.25, 8)),
         ([(8, 2)], {"gpus_per_worker": 2.0}, (1, 6.0, 2.0, 0.25, 8)),
+        # A part of a card lies on one card.
+        ([(8, 4)], {"gpus_per_worker": 0.6}, (4, 1.0, 0.6, 0.5, 2)),
         ([(2, 0), (2, 0)], {"workers": 2, "cpus_per_worker": 1.5}, (2, 1.5, 0.0, 0.25, 2)),
     ],
 )
@@ -47,6 +49,8 @@ def test_workers_fit_the_nodes(nodes, run, expected, cluster):
     found = (placed.workers, placed.cpus, placed.gpus, placed.decode_cpus, placed.decode_tasks)
     assert found == pytest.approx(expected)
     assert placed.device == ("cuda" if placed.gpus else "cpu")
+    # No more threads than the CPUs of a node.
+    assert placed.threads <= max(cpus for cpus, _ in nodes)
 
 
 @pytest.mark.parametrize(

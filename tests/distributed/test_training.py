@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -106,6 +107,12 @@ def test_checkpoints_go_to_any_uri_and_a_finished_run_is_not_made_again(alone, s
     # The same name: the weights come from the closing checkpoint, without a step.
     again = train_target(settings(shards, tmp_path / "b" / "target", 1, **options))
     assert again == first
+    assert sorted(storage.glob("mine/checkpoint_*/state.safetensors")) == saved
+    # Other images to measure on are measured, without training.
+    other = settings(shards, tmp_path / "b" / "target", 1, **options)
+    other = other.model_copy(update={"validation": (shards[0],)})
+    assert train_target(other)["validation_images"] == 240
+    assert len(sorted(storage.glob("mine/checkpoint_*"))) <= len(saved) + 1
     weights = [load_tensors(tmp_path / name / "target" / "weights.safetensors") for name in "ab"]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     # Other settings under the same name begin anew.
@@ -196,6 +203,12 @@ def checkpoints(output):
     return sorted((output.parent / ".runs").glob("*/checkpoint_*/manifest.json"))
 
 
+def went_on(log):
+    """Return how many steps the last restart of a job did not make again; an epoch has ten."""
+    epoch, step = re.findall(rb"going on at epoch (\d+), step (\d+)", log)[-1]
+    return 10 * (int(epoch) - 1) + int(step) - 1
+
+
 @pytest.mark.slow
 def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint_and_no_more(alone, shards, tmp_path):
     metrics, _ = alone
@@ -205,6 +218,7 @@ def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint_and_no_more(a
     os.kill(train_processes(job.pid)[-1].pid, signal.SIGKILL)
     _, log = job.communicate(timeout=240)
     assert job.returncode == 0, log.decode()
+    assert went_on(log) > 0
     found = json.loads((output / "manifest.json").read_text())["metrics"]
     assert found["epoch_losses"] == pytest.approx(metrics["epoch_losses"], rel=1e-3)
     assert found["validation_accuracy"] == pytest.approx(metrics["validation_accuracy"], abs=0.04)
@@ -226,5 +240,7 @@ def test_a_killed_driver_goes_on_and_passes_over_a_damaged_checkpoint(alone, sha
     job = start(shards, output)
     _, log = job.communicate(timeout=240)
     assert job.returncode == 0, log.decode()
+    assert b"is passed over" in log
+    assert went_on(log) > 0
     found = json.loads((output / "manifest.json").read_text())["metrics"]
     assert found["epoch_losses"] == pytest.approx(metrics["epoch_losses"], rel=1e-3)

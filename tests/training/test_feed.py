@@ -117,10 +117,24 @@ def test_a_damaged_row_is_replaced_by_its_neighbour_and_counted(tmp_path, write_
     assert rows.unreadable == 4
 
 
-def test_a_unit_without_a_readable_image_is_an_error(tmp_path, write_parquet, hf_table):
-    unit = unit_of(write_parquet, hf_table, tmp_path / "a.parquet", [b"x", None])
-    with pytest.raises(CorpusError, match="no readable image in rows 0 to 1"):
-        decode_unit(unit, SIZE)
+def test_a_unit_without_a_readable_image_borrows_from_its_window(tmp_path, write_parquet, hf_table):
+    cells = [[b"x", None], [png(10), png(30)]]
+    bad, good = (
+        decode_unit(unit_of(write_parquet, hf_table, tmp_path / f"{name}.parquet", part), SIZE)
+        for name, part in zip("ab", cells, strict=True)
+    )
+    assert (bad.unreadable, bad.source.tolist()) == (2, [-1, -1])
+    order = Order((2, 2), batch_size=4, lanes=1, window_rows=4, seed=0)
+    events = list(order.events([0], 0))
+    parts = {0: bad, 1: good}
+    (batch,) = batches(order, [0], events, (parts[unit] for unit in needed_units(events)))
+    assert batch.unreadable == 2
+    assert batch.units.tolist() == [1, 1, 1, 1]
+    # Image, label and row are still those of one another.
+    shown = (batch.images[:, 0, 0, 0] * 255).round().int().tolist()
+    assert {*zip(shown, batch.rows.tolist(), batch.labels.tolist(), strict=True)} <= {(10, 0, 0), (30, 1, 1)}
+    with pytest.raises(CorpusError, match="not one of 4 images"):
+        list(batches(order, [0], events, iter([bad, bad])))
 
 
 def test_labels_are_needed(tmp_path, write_parquet, hf_table):
