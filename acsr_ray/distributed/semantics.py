@@ -1,5 +1,6 @@
 """Stage i, steps 2 to 5: latents of the training split, clusters per class, one dictionary per cluster."""
 
+import importlib.util
 import logging
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from acsr_ray.artifacts import (
 from acsr_ray.clustering.assignments import ASSIGNMENTS, GAUSSIANS, Assignments
 from acsr_ray.clustering.elbow import ClassClusters, ElbowConfig
 from acsr_ray.clustering.gaussians import Inverse
-from acsr_ray.config import Device, JobSettings
+from acsr_ray.config import Device, JobSettings, MissingExtraError
 from acsr_ray.distributed.clusters import cluster_classes
 from acsr_ray.distributed.dictionaries import (
     ClusterImages,
@@ -62,7 +63,14 @@ class LearnSemanticsSettings(JobSettings):
 
 
 def learn_semantics(settings: LearnSemanticsSettings) -> dict[str, Any]:
-    """Run stage i after the baseline, save it as artifact `semantics` and return what was found."""
+    """Run stage i after the baseline, save it as artifact `semantics` and return what was found.
+
+    Raises:
+        MissingExtraError: the dictionaries' backend is not installed.
+        ResourceError: no node can hold a task.
+    """
+    if settings.dictionary.cdl.backend == "sporco" and importlib.util.find_spec("sporco") is None:
+        raise MissingExtraError("sporco is not installed: pip install 'acsr-ray[sporco]'")
     names = load_classifier(settings.baseline, "baseline").class_names
     begin_artifact(settings.output)
     with ray_session(settings.ray):

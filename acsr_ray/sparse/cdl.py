@@ -38,7 +38,7 @@ class CdlConfig(Described):
     forgetting: float = Field(5.0, ge=0)
     """Exponent p of the weight (1 - 1/t)^p of the past at update t; 0 forgets nothing."""
     backend: Literal["acsr", "sporco"] = "acsr"
-    """Learner: `sporco` is its online one, by gradient steps (no update_steps or forgetting), with CuPy on GPUs."""
+    """Learner; `sporco` takes gradient steps without update_steps and forgetting, and needs CuPy on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def learn_dictionary(highpass: Tensor, config: CdlConfig, *, seed: int) -> CdlRe
     Raises:
         ValueError: no images, images smaller than an atom, or values that are not finite; with sporco, fewer
             than two atoms.
-        ImportError: the backend is sporco and it, or on a GPU its CuPy half, is missing.
+        ImportError: the backend is sporco, and it or, for images on a GPU, CuPy is missing.
     """
     if highpass.ndim != 4 or not len(highpass) or min(highpass.shape[2:]) < config.support:
         raise ValueError(
