@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from acsr_ray.artifacts import begin_artifact, finish_artifact, load_tensors, save_tensors
+from acsr_ray.artifacts import artifact_digest, begin_artifact, finish_artifact, load_tensors, save_tensors
 from acsr_ray.clustering.assignments import ASSIGNMENTS, GAUSSIANS, Assignments
 from acsr_ray.clustering.gaussians import fit_gaussians
 from acsr_ray.corpus.labelled import parquet_shards
@@ -143,7 +143,8 @@ def test_rst_on_two_workers_is_that_of_one_process(shards, tmp_path, ray_local):
     Assignments([uri] * 240, np.arange(240), labels, cluster_id).save(semantics / ASSIGNMENTS)
     latents = np.abs(rng.standard_normal((240, 64))) + labels[:, None]
     save_tensors(semantics / GAUSSIANS, fit_gaussians(latents, labels, cluster_id).pack())
-    finish_artifact(semantics, "semantics", [ASSIGNMENTS, GAUSSIANS], {})
+    content = {"baseline_digest": artifact_digest(tmp_path / "baseline")}
+    finish_artifact(semantics, "semantics", [ASSIGNMENTS, GAUSSIANS], content)
     found = {}
     for name, workers, alpha in (("one", 0, 0.3), ("two", 2, 0.3), ("plain", 0, 0.0)):
         found[name] = train_robust(
@@ -200,7 +201,12 @@ def wait_for(condition, seconds=120):
 
 
 def checkpoints(output):
-    return sorted((output.parent / ".runs").glob("*/checkpoint_*/manifest.json"))
+    """Return the checkpoints that Ray Train knows of, oldest first; others on disk were never finished."""
+    for snapshot in (output.parent / ".runs").glob("*/checkpoint_manager_snapshot.json"):
+        with contextlib.suppress(json.JSONDecodeError):
+            results = json.loads(snapshot.read_text())["checkpoint_results"]
+            return [snapshot.parent / result["checkpoint_dir_name"] for result in results]
+    return []
 
 
 def went_on(log):
@@ -235,7 +241,7 @@ def test_a_killed_driver_goes_on_and_passes_over_a_damaged_checkpoint(alone, sha
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     job.communicate()
-    newest = checkpoints(output)[-1].parent / "state.safetensors"
+    newest = checkpoints(output)[-1] / "state.safetensors"
     newest.write_bytes(newest.read_bytes()[:1000])
     job = start(shards, output)
     _, log = job.communicate(timeout=240)
