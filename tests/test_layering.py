@@ -27,6 +27,7 @@ PLACES = {
     "ray": ("acsr_ray/distributed/", "acsr_ray/cli.py", "jobs/"),
     "cuml": ("acsr_ray/clustering/kmeans_cuml.py",),
     "cupy": ("acsr_ray/clustering/kmeans_cuml.py",),
+    "sporco": ("acsr_ray/sparse/cdl_sporco.py",),
     "matplotlib": ("acsr_ray/evaluation/figures.py",),
     "torchattacks": ("acsr_ray/attacks/torchattacks_adapter.py",),
 }

@@ -6,7 +6,7 @@ of validation images, clean and attacked, whose selected cluster belongs to thei
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,19 +84,7 @@ def build_bundle(settings: BuildBundleSettings) -> dict[str, Any]:
     names = settings.class_names or robust.class_names
     keys, atoms = load_semantics_dictionaries(settings.semantics)
     threat = _threat(robust)
-    with ray_session(settings.ray):
-        waiting = {network: _attacked(network, settings, threat) for network in _attacked_networks(settings)}
-        moments: dict[Origin, GaussianMoments] = {
-            origin: cluster_moments(
-                settings.semantics,
-                getattr(settings, origin),
-                origin,
-                device=settings.device,
-                settings=settings.ray,
-            )
-            for origin in _origins(settings)
-        }
-        held_out: dict[Origin, HeldOutLatents] = {name: ray.get(task) for name, task in waiting.items()}
+    moments, held_out = _gather(settings, threat)
     for own in moments.values():
         if [tuple(key) for key in own.keys.tolist()] != keys:
             raise ArtifactError("the semantics' dictionaries and clusters do not match")
@@ -106,11 +94,7 @@ def build_bundle(settings: BuildBundleSettings) -> dict[str, Any]:
         for rule in RULES
     }
     measured = _measure(fitted, held_out, settings)
-    scores: dict[tuple[Any, Any], float] = {
-        (entry.origin, entry.rule): entry.outcome.score for entry in measured if entry.encoder == "f_rob"
-    }
-    given: tuple[Any, Any] = settings.gaussians, settings.selection
-    origin, rule = max(scores, key=lambda way: scores[way]) if scores else given
+    origin, rule = _chosen(measured, settings)
     tikhonov = semantics["settings"]["dictionary"]["tikhonov"]
     config = BundleConfig(
         name=settings.name,
@@ -120,19 +104,6 @@ def build_bundle(settings: BuildBundleSettings) -> dict[str, Any]:
         tikhonov=TikhonovConfig.from_description(tikhonov),
         cbpdn=settings.cbpdn,
     )
-    bundle = Bundle(config, robust.model.state_dict(), fitted[origin, rule], atoms)
-    content = {
-        "gaussians": origin,
-        "selection_on_validation": [_described(entry) for entry in measured],
-        TRAINING_DATA: labelled_data_digest(semantics["settings"]["train"]),
-        "robust": robust.manifest["metrics"],
-        # A digest, because a bundle travels and paths of the machine that made it do not.
-        "settings_digest": json_digest(settings.deciding()),
-        **{
-            f"{name}_digest": artifact_digest(getattr(settings, name))
-            for name in ("baseline", "semantics", "robust")
-        },
-    }
     page = bundle_report(
         settings.name,
         names,
@@ -145,9 +116,15 @@ def build_bundle(settings: BuildBundleSettings) -> dict[str, Any]:
     )
     # The bundle last: when it is there, so is its report.
     atomic_write(settings.output / REPORT, page.encode())
+    bundle = Bundle(config, robust.model.state_dict(), fitted[origin, rule], atoms)
+    content = {
+        "gaussians": origin,
+        "selection_on_validation": [_described(entry) for entry in measured],
+        **_provenance(settings, semantics, robust),
+    }
     save_bundle(settings.output, bundle, content, half=settings.half_precision)
-    size = sum(path.stat().st_size for path in settings.output.glob("*.safetensors"))
     best = next((entry.outcome for entry in measured if _is(entry, origin, rule)), None)
+    size = sum(path.stat().st_size for path in settings.output.glob("*.safetensors"))
     return {
         "clusters": len(keys),
         "gaussians of": origin,
@@ -158,6 +135,49 @@ def build_bundle(settings: BuildBundleSettings) -> dict[str, Any]:
         "megabytes": round(size / 2**20, 2),
         "output": str(settings.output),
         "report": str(settings.output / REPORT),
+    }
+
+
+def _gather(
+    settings: BuildBundleSettings, threat: ThreatModel
+) -> tuple[dict[Origin, GaussianMoments], dict[Origin, HeldOutLatents]]:
+    """Return what the cluster computes: sums over latents, and latents of attacked validation images."""
+    with ray_session(settings.ray):
+        waiting = {network: _attacked(network, settings, threat) for network in _attacked_networks(settings)}
+        moments = {
+            origin: cluster_moments(
+                settings.semantics,
+                getattr(settings, origin),
+                origin,
+                device=settings.device,
+                settings=settings.ray,
+            )
+            for origin in _origins(settings)
+        }
+        return moments, {network: ray.get(task) for network, task in waiting.items()}
+
+
+def _chosen(measured: Sequence[Measured], settings: BuildBundleSettings) -> tuple[Any, Any]:
+    """Return origin and rule of the way that selects best on validation images; the given one without any."""
+    ways = [entry for entry in measured if entry.encoder == "f_rob"]
+    if not ways:
+        return settings.gaussians, settings.selection
+    best = max(ways, key=lambda entry: entry.outcome.score)
+    return best.origin, best.rule
+
+
+def _provenance(
+    settings: BuildBundleSettings, semantics: dict[str, Any], robust: Classifier
+) -> dict[str, Any]:
+    return {
+        TRAINING_DATA: labelled_data_digest(semantics["settings"]["train"]),
+        "robust": robust.manifest["metrics"],
+        # A digest, because a bundle travels and paths of the machine that made it do not.
+        "settings_digest": json_digest(settings.deciding()),
+        **{
+            f"{name}_digest": artifact_digest(getattr(settings, name))
+            for name in ("baseline", "semantics", "robust")
+        },
     }
 
 

@@ -12,6 +12,8 @@ from ray.actor import ActorHandle
 logger = logging.getLogger(__name__)
 
 POLL_S = 1.0
+WAIT_S = 10.0
+"""A cluster that went away must not hold up the end of the job."""
 
 
 class _Journal:
@@ -52,7 +54,7 @@ def journal() -> Iterator["ActorHandle[Any]"]:
 
 def _log(actor: "ActorHandle[Any]") -> None:
     try:
-        lines: list[str] = ray.get(actor.take.remote())
+        lines: list[str] = ray.get(actor.take.remote(), timeout=WAIT_S)
     except ray.exceptions.RayError as error:
         # Lost lines cost nothing but their news.
         logger.debug("the journal is away: %s", error)

@@ -50,6 +50,9 @@ def network():
 
 
 def _attack(model, images, labels, threat, steps=10, seed=None):
+    start = images
+    if seed is not None:
+        start = threat.random_start(images, torch.Generator().manual_seed(seed))
     return pgd(
         model,
         images,
@@ -57,7 +60,7 @@ def _attack(model, images, labels, threat, steps=10, seed=None):
         threat=threat,
         steps=steps,
         step_size=threat.epsilon / 4,
-        generator=None if seed is None else torch.Generator().manual_seed(seed),
+        start=start,
     )
 
 
@@ -102,9 +105,7 @@ def test_single_step_is_fgsm(network):
     images, labels = _halves(16, seed=6)
     leaf = images.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(F.cross_entropy(network(leaf), labels), leaf)
-    got = pgd(
-        network, images, labels, threat=ThreatModel("linf", 0.1), steps=1, step_size=0.1, generator=None
-    )
+    got = pgd(network, images, labels, threat=ThreatModel("linf", 0.1), steps=1, step_size=0.1, start=images)
     torch.testing.assert_close(got, (images + 0.1 * gradient.sign()).clamp(0, 1), rtol=0, atol=1e-6)
 
 
