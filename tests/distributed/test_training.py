@@ -76,7 +76,7 @@ def alone(shards, tmp_path_factory):
     return train_target(settings(shards, output, 0)), output
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_workers_make_the_run_of_one_process(workers, alone, shards, tmp_path, ray_local):
     metrics, output = alone
     found = train_target(settings(shards, tmp_path / "target", workers))
@@ -95,6 +95,7 @@ def test_workers_make_the_run_of_one_process(workers, alone, shards, tmp_path, r
     assert events.read_bytes().count(b"images_per_second") == 3
 
 
+@pytest.mark.slow
 def test_checkpoints_go_to_any_uri_and_a_finished_run_is_not_made_again(alone, shards, tmp_path, ray_local):
     metrics, _ = alone
     storage = tmp_path / "elsewhere"
