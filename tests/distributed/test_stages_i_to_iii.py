@@ -1,6 +1,7 @@
 """The whole method once on a tiny corpus: baseline, semantics, robust encoder, bundle, purified corpus."""
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -13,6 +14,7 @@ from acsr_ray.clustering.elbow import ElbowConfig
 from acsr_ray.corpus.writing import write_shard
 from acsr_ray.distributed.bundling import BuildBundleSettings, build_bundle
 from acsr_ray.distributed.dictionaries import DictionaryConfig
+from acsr_ray.distributed.encoders import CompareEncodersSettings, compare_encoders
 from acsr_ray.distributed.purify import PurifyCorpusSettings, purify_corpus
 from acsr_ray.distributed.semantics import LearnSemanticsSettings, learn_semantics
 from acsr_ray.distributed.training import (
@@ -116,6 +118,31 @@ def test_corpus_to_purified_corpus(tmp_path, ray_local):
     assert page.count('class="panel"') == found["clusters"]
     assert "(chosen)" in page
     assert best["clean"] == chosen["own class, clean"]
+
+    # The comparison of encoders measures the same, and finds an encoder as good as itself.
+    twin = tmp_path / "twin"
+    shutil.copytree(tmp_path / "robust", twin)
+    comparison = CompareEncodersSettings(
+        encoders=(tmp_path / "robust", twin),
+        semantics=tmp_path / "semantics",
+        test=validation,
+        output=tmp_path / "compared",
+    )
+    rows = compare_encoders(comparison)
+    (tied,) = (e for e in robust if (e["gaussians"], e["selection"]) == ("robust", "tied"))
+    shares = [float(cell.split()[0]) for cell in rows["robust"].split(" | ")[:3]]
+    assert shares == pytest.approx([100 * tied[n] for n in ("clean", "attacked", "same_cluster")], abs=0.06)
+    assert rows["robust"].endswith("reference | ")
+    assert rows["twin"].split(" | ")[3].startswith("+0.0 [")
+    assert rows["twin"].endswith(" | 1")
+    strong = compare_encoders(comparison.model_copy(update={"norm": "linf", "epsilon": 0.3}))["robust"]
+    strong_shares = [float(cell.split()[0]) for cell in strong.split(" | ")[:3]]
+    assert strong_shares[0] == shares[0]
+    assert max(strong_shares[1:]) < min(shares) - 20
+    manifest = json.loads((twin / "manifest.json").read_text())
+    (twin / "manifest.json").write_text(json.dumps({**manifest, "semantics_digest": "other"}))
+    with pytest.raises(ArtifactError, match="twin was not trained with"):
+        compare_encoders(comparison)
 
     purify_corpus(
         PurifyCorpusSettings(
