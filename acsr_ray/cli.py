@@ -22,6 +22,11 @@ ENTRY_POINTS: Mapping[str, tuple[str, str, str]] = {
     "train_robust": ("acsr_ray.distributed.training", "TrainRobustSettings", "train_robust"),
     "build_bundle": ("acsr_ray.distributed.bundling", "BuildBundleSettings", "build_bundle"),
     "make_bundle": ("acsr_ray.distributed.recipe", "MakeBundleSettings", "make_bundle"),
+    "train_purifier": (
+        "acsr_ray.distributed.purifier_training",
+        "TrainPurifierSettings",
+        "train_purifier",
+    ),
     "train_target": ("acsr_ray.distributed.training", "TrainTargetSettings", "train_target"),
     "train_defense": ("acsr_ray.training.defense", "TrainDefenseSettings", "train_defense"),
     "compare_encoders": ("acsr_ray.distributed.encoders", "CompareEncodersSettings", "compare_encoders"),

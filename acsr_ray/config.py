@@ -24,6 +24,7 @@ JOBS = (
     "train_robust",
     "build_bundle",
     "make_bundle",
+    "train_purifier",
     "train_target",
     "train_defense",
     "compare_encoders",

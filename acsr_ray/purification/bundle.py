@@ -1,17 +1,18 @@
 """The bundle: encoder, Gaussians and dictionaries that purification needs, as one verified directory.
 
 Layout: `manifest.json` (settings, class names, digests), `encoder.safetensors`, `clusters.safetensors`
-(whitening packed as its lower triangle), `dictionaries.safetensors`. Shapes: K clusters, M atoms, C = 3
-channels, h x w support, L latent length.
+(whitening packed as its lower triangle), `dictionaries.safetensors`, and `reconstruction.safetensors` where
+an unrolled reconstruction was trained. Shapes: K clusters, M atoms, C = 3 channels, h x w support, L latent
+length.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 
 from acsr_ray.artifacts import (
@@ -29,6 +30,7 @@ from acsr_ray.config import Described
 from acsr_ray.models.classifier import EncoderConfig
 from acsr_ray.sparse.cbpdn import CbpdnConfig
 from acsr_ray.sparse.tikhonov import TikhonovConfig
+from acsr_ray.sparse.unrolled import UnrolledConfig
 
 DEFAULT_BUNDLE = "cifar10-small"
 ALIASES = {"cifar10": "cifar10-small", "imagenet10-64": "imagenet10-small"}
@@ -39,6 +41,9 @@ ALGORITHM_VERSION = 1
 ENCODER = "encoder.safetensors"
 CLUSTERS = "clusters.safetensors"
 DICTIONARIES = "dictionaries.safetensors"
+RECONSTRUCTION = "reconstruction.safetensors"
+
+Reconstruction = Literal["cbpdn", "unrolled"]
 
 
 class BundleConfig(Described):
@@ -56,16 +61,42 @@ class BundleConfig(Described):
     """Split into low and high band."""
     cbpdn: CbpdnConfig = CbpdnConfig()
     """Sparse coding of the high band."""
+    reconstruction: Reconstruction = "cbpdn"
+    """What purifies unless another is asked for: `cbpdn`, the paper's, or `unrolled`, trained on attacks."""
+    unrolled: UnrolledConfig | None = None
+    """The unrolled network; None where none was trained."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.reconstruction == "unrolled" and self.unrolled is None:
+            raise ValueError("this bundle has no unrolled reconstruction; jobs/train_purifier.py trains one")
+        return self
+
+    def with_reconstruction(self, reconstruction: Reconstruction | None) -> Self:
+        """Return the settings with another reconstruction; None leaves the bundle's own.
+
+        Raises:
+            ArtifactError: it was not trained.
+        """
+        if reconstruction is None or reconstruction == self.reconstruction:
+            return self
+        if reconstruction == "unrolled" and self.unrolled is None:
+            raise ArtifactError(f"bundle {self.name} has no unrolled reconstruction; jobs/train_purifier.py")
+        return self.model_copy(update={"reconstruction": reconstruction})
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """Everything purification needs; `atoms` is (K, M, 3, h, w), one dictionary per Gaussian."""
+    """Everything purification needs; `atoms` is (K, M, 3, h, w), one dictionary per Gaussian.
+
+    `reconstruction` holds the weights of the unrolled network, {} where there is none.
+    """
 
     config: BundleConfig
     encoder: Mapping[str, Tensor]
     gaussians: Gaussians
     atoms: Tensor
+    reconstruction: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         count, latent = self.gaussians.mean.shape
@@ -73,6 +104,16 @@ class Bundle:
             raise ArtifactError(f"dictionaries must be ({count}, M, 3, h, w), got {tuple(self.atoms.shape)}")
         if self.gaussians.whitening.shape != (count, latent, latent):
             raise ArtifactError(f"whitening must be ({count}, {latent}, {latent})")
+        if (self.config.unrolled is None) != (not self.reconstruction):
+            raise ArtifactError("an unrolled reconstruction needs both its settings and its weights")
+
+    def with_reconstruction(self, reconstruction: Reconstruction | None) -> "Bundle":
+        """Return the bundle with another reconstruction; see `BundleConfig.with_reconstruction`."""
+        return replace(self, config=self.config.with_reconstruction(reconstruction))
+
+    def renamed(self, name: str) -> "Bundle":
+        """Return the bundle under another name."""
+        return replace(self, config=self.config.model_copy(update={"name": name}))
 
 
 def save_bundle(directory: Path, bundle: Bundle, content: Mapping[str, Any], *, half: bool = False) -> None:
@@ -92,12 +133,16 @@ def save_bundle(directory: Path, bundle: Bundle, content: Mapping[str, Any], *, 
     save_tensors(directory / ENCODER, weights)
     save_tensors(directory / CLUSTERS, bundle.gaussians.pack(half=half))
     save_tensors(directory / DICTIONARIES, {"atoms": bundle.atoms.float()})
+    files = [ENCODER, CLUSTERS, DICTIONARIES]
+    if bundle.reconstruction:
+        save_tensors(directory / RECONSTRUCTION, bundle.reconstruction)
+        files.append(RECONSTRUCTION)
     manifest = {
         "algorithm_version": ALGORITHM_VERSION,
         "bundle": bundle.config.describe(),
         **content,
     }
-    finish_artifact(directory, "bundle", [ENCODER, CLUSTERS, DICTIONARIES], manifest)
+    finish_artifact(directory, "bundle", files, manifest)
 
 
 def load_bundle(location: str | Path) -> Bundle:
@@ -108,16 +153,18 @@ def load_bundle(location: str | Path) -> Bundle:
     """
     directory = find_bundle(location)
     manifest = load_artifact(directory, "bundle")
-    missing = {ENCODER, CLUSTERS, DICTIONARIES} - manifest["files"].keys()
-    if missing:
-        raise ArtifactError(f"{directory} has no digest of {', '.join(sorted(missing))}")
     try:
         config = BundleConfig.from_description(manifest["bundle"])
     except (KeyError, ValidationError) as error:
         raise ArtifactError(f"{directory} has no usable bundle settings: {error}") from error
+    learnt = {RECONSTRUCTION} if config.unrolled is not None else set()
+    missing = ({ENCODER, CLUSTERS, DICTIONARIES} | learnt) - manifest["files"].keys()
+    if missing:
+        raise ArtifactError(f"{directory} has no digest of {', '.join(sorted(missing))}")
     gaussians = Gaussians.unpack(load_tensors(directory / CLUSTERS))
     atoms = load_tensors(directory / DICTIONARIES)["atoms"].float()
-    return Bundle(config, load_tensors(directory / ENCODER), gaussians, atoms)
+    weights = load_tensors(directory / RECONSTRUCTION) if learnt else {}
+    return Bundle(config, load_tensors(directory / ENCODER), gaussians, atoms, weights)
 
 
 def find_bundle(location: str | Path) -> Path:

@@ -1,9 +1,10 @@
 """Stage iii of ACSR in plain torch: images in, purified images out (Algorithm 1, Eqs. 6 and 8).
 
-Tikhonov split, choice of the nearest cluster by the robust encoder's latent, CBPDN of the high band with
-that cluster's dictionary, sum, clip. Everything is purified; no image is judged. The result for an image
-does not depend on the other images of a call: the encoder and the solver always see micro-batches of a
-fixed shape, filled up with zeros.
+Tikhonov split, choice of the nearest cluster by the robust encoder's latent, reconstruction, clip. The
+paper's reconstruction is CBPDN of the high band with that cluster's dictionary plus the low band; the other
+is the unrolled network of `acsr_ray.sparse.unrolled`, trained on attacks. Everything is purified; no image
+is judged. The result for an image does not depend on the other images of a call: encoder, solver and network
+always see micro-batches of a fixed shape, filled up with zeros.
 """
 
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from acsr_ray.clustering.gaussians import Gaussians
 from acsr_ray.clustering.selection import Selection, select_cluster
 from acsr_ray.models.classifier import ENCODER_MICRO_BATCH, encode, pad_batch, restore_encoder
-from acsr_ray.purification.bundle import DEFAULT_BUNDLE, Bundle, load_bundle
+from acsr_ray.purification.bundle import DEFAULT_BUNDLE, Bundle, Reconstruction, load_bundle
 from acsr_ray.purification.tiles import map_tiles
+from acsr_ray.purification.unrolled import UnrolledReconstruction
 from acsr_ray.sparse.cbpdn import Cbpdn
 from acsr_ray.sparse.tikhonov import tikhonov_split
 
@@ -67,11 +69,28 @@ class Purifier(nn.Module):
         self.gaussians: Gaussians = bundle.gaussians.to(device, torch.float64)
         atoms = bundle.atoms.to(device)
         self.solvers = [Cbpdn(dictionary, bundle.config.cbpdn) for dictionary in atoms]
+        self.unrolled = None
+        if bundle.config.reconstruction == "unrolled":
+            self.unrolled = UnrolledReconstruction(bundle, device)
 
     @classmethod
-    def load(cls, bundle: str | Path = DEFAULT_BUNDLE, device: str = "cpu") -> Self:
-        """Load a bundle by directory or packaged name; `ArtifactError` when it is absent or changed."""
-        return cls(load_bundle(bundle), device)
+    def load(
+        cls,
+        bundle: str | Path = DEFAULT_BUNDLE,
+        device: str = "cpu",
+        reconstruction: Reconstruction | None = None,
+    ) -> Self:
+        """Load a bundle.
+
+        Args:
+            bundle: directory or packaged name.
+            device: where to compute.
+            reconstruction: `cbpdn` or `unrolled`; the bundle's own when omitted.
+
+        Raises:
+            ArtifactError: it is absent or was changed, or has no such reconstruction.
+        """
+        return cls(load_bundle(bundle).with_reconstruction(reconstruction), device)
 
     def train(self, mode: bool = True) -> Self:
         """Keep the frozen encoder in evaluation mode, whatever the model around the purifier does."""
@@ -117,7 +136,7 @@ class Purifier(nn.Module):
         return Selection(torch.cat(chosen), torch.cat(distance).float())
 
     def reconstruct(self, images: Tensor, selection: Selection) -> Purified:
-        """Split, sparse-code the high band with each image's dictionary, and sum.
+        """Split, reconstruct and clip.
 
         Args:
             images: (N, 3, H, W) float32 on the purifier's device, already checked.
@@ -128,10 +147,14 @@ class Purifier(nn.Module):
         if not bands:
             return self._outcome(images, images, selection, selection.index.bool())
         lowpass = torch.cat([low for low, _ in bands])
-        coded = self._code(torch.cat([high for _, high in bands]), selection.index)
-        solved = torch.isfinite(coded).flatten(1).all(1)
-        coded = torch.where(solved.view(-1, 1, 1, 1), coded, 0.0)
-        return self._outcome(images, (lowpass + coded).clamp(0, 1), selection, solved)
+        highpass = torch.cat([high for _, high in bands])
+        if self.unrolled is not None:
+            rebuilt = self.unrolled(lowpass, highpass, selection.index)
+        else:
+            rebuilt = lowpass + self._code(highpass, selection.index)
+        solved = torch.isfinite(rebuilt).flatten(1).all(1)
+        rebuilt = torch.where(solved.view(-1, 1, 1, 1), rebuilt, lowpass)
+        return self._outcome(images, rebuilt.clamp(0, 1), selection, solved)
 
     def _code(self, highpass: Tensor, index: Tensor) -> Tensor:
         """Return the sparse reconstruction of each high band with the dictionary of its cluster."""

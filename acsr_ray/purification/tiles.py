@@ -6,7 +6,6 @@ pixels from a cut. Memory of the solver then depends on the tile, not on the ima
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 TILE = 192
@@ -18,10 +17,10 @@ HALO = 24
 def map_tiles(
     function: Callable[[Tensor], Tensor], images: Tensor, tile: int = TILE, halo: int = HALO
 ) -> Tensor:
-    """Apply an image-to-image function of the same shape, tile by tile.
+    """Apply an image-to-image function that keeps height and width, tile by tile.
 
     Args:
-        function: (N, C, h, w) -> (N, C, h, w).
+        function: (N, C, h, w) -> (N, C', h, w).
         images: (N, C, H, W); passed whole when no side exceeds `tile`.
         tile: side of a tile, halo included.
         halo: pixels discarded at each cut.
@@ -29,13 +28,16 @@ def map_tiles(
     height, width = images.shape[-2:]
     if height <= tile and width <= tile:
         return function(images)
-    result = torch.empty_like(images)
+    result: Tensor | None = None
     for top, first_row, last_row in _spans(height, tile, halo):
         for left, first_column, last_column in _spans(width, tile, halo):
             part = function(images[..., top : top + tile, left : left + tile])
+            if result is None:
+                result = part.new_empty((*part.shape[:-2], height, width))
             result[..., first_row:last_row, first_column:last_column] = part[
                 ..., first_row - top : last_row - top, first_column - left : last_column - left
             ]
+    assert result is not None
     return result
 
 

@@ -18,6 +18,8 @@ from acsr_ray.training.order import Order, Step, Window
 
 AUGMENTATION, ATTACK, DROPOUT = 1, 2, 3
 """What random numbers are for; each purpose has its own."""
+SHARED = 2**31
+"""Stands for the lane in random numbers that all lanes share."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,10 @@ class Batch:
     def _entropy(self, seed: int, purpose: int, lane: int) -> int:
         sequence = np.random.SeedSequence((seed, purpose, self.step.epoch, self.step.index, lane))
         return int(sequence.generate_state(1, np.uint64)[0] >> 1)
+
+    def shared_generator(self, seed: int, purpose: int) -> torch.Generator:
+        """Return a generator of this step, the same in every worker."""
+        return torch.Generator().manual_seed(self._entropy(seed, purpose, SHARED))
 
     def by_lane(self, seed: int, purpose: int) -> Iterator[tuple[slice, torch.Generator]]:
         """Yield the rows of each lane with the generator of its random numbers for a purpose.

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -51,6 +51,31 @@ class OptimizerConfig(Described):
     """Parts that each worker cuts its share of a batch into, one after the other, to save memory."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
     """Average the weights exponentially, by 0.999 or so, and save the average; None: the last weights."""
+    clip_norm: float | None = Field(None, gt=0)
+    """Largest norm of a step's gradient, over all parameters; None: as it is."""
+
+    def make(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """Return the optimiser."""
+        return torch.optim.SGD(
+            parameters, self.peak_lr, momentum=0.9, nesterov=True, weight_decay=self.weight_decay
+        )
+
+
+class AdamConfig(OptimizerConfig):
+    """The same with Adam, which networks with thresholds need."""
+
+    batch_size: int = Field(64, gt=0)
+    """Images per step."""
+    peak_lr: float = Field(2e-3, gt=0)
+    """Largest learning rate (Adam; one-cycle moves beta_1 between 0.95 and 0.85)."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay."""
+    clip_norm: float | None = Field(1.0, gt=0)
+    """Largest norm of a step's gradient, over all parameters; None: as it is."""
+
+    def make(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """Return the optimiser."""
+        return torch.optim.AdamW(parameters, self.peak_lr, weight_decay=self.weight_decay)
 
 
 @dataclass(frozen=True)
@@ -114,13 +139,8 @@ class Stepper:
                 model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True
             )
         self.taken = 0
-        self.optimizer = torch.optim.SGD(
-            model.parameters(),
-            config.peak_lr,
-            momentum=0.9,
-            nesterov=True,
-            weight_decay=config.weight_decay,
-        )
+        self.clip_norm = config.clip_norm
+        self.optimizer = config.make(model.parameters())
         self.schedule = _schedule(self.optimizer, config, total_steps)
         self._alone = getattr(network, "no_sync", contextlib.nullcontext)
 
@@ -134,6 +154,8 @@ class Stepper:
                 loss = loss_of() / len(losses)
                 loss.backward()
             total = total.to(loss) + loss.detach()
+        if self.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
         self.optimizer.step()
         self.schedule.step()
         if self.averaged is not None:
@@ -151,14 +173,14 @@ class Stepper:
         if self.averaged is not None:
             state |= {f"averaged.{name}": t for name, t in self.averaged.module.state_dict().items()}
         for name, parameter in self.model.named_parameters():
-            momentum = self.optimizer.state[parameter].get("momentum_buffer")
-            if momentum is not None:
-                state[f"momentum.{name}"] = momentum
+            for kind, tensor in self.optimizer.state[parameter].items():
+                if tensor is not None:
+                    state[f"optimizer.{kind}.{name}"] = tensor
         return state
 
     def restore(self, tensors: Mapping[str, Tensor], taken: int) -> None:
         """Go on after `taken` steps from what `tensors` returned then."""
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "averaged": {}, "momentum": {}}
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "averaged": {}, "optimizer": {}}
         for name, tensor in tensors.items():
             kind, _, rest = name.partition(".")
             parts[kind][rest] = tensor
@@ -166,10 +188,13 @@ class Stepper:
         if self.averaged is not None:
             self.averaged.module.load_state_dict(parts["averaged"])
             self.averaged.n_averaged.fill_(taken)
-        for name, parameter in self.model.named_parameters():
-            if name in parts["momentum"]:
-                momentum = parts["momentum"][name].to(parameter).clone(memory_format=torch.preserve_format)
-                self.optimizer.state[parameter]["momentum_buffer"] = momentum
+        parameters = dict(self.model.named_parameters())
+        for key, tensor in parts["optimizer"].items():
+            kind, _, name = key.partition(".")
+            # Adam counts its steps on the CPU.
+            where = parameters[name].device if tensor.ndim else tensor.device
+            kept = tensor.to(where).clone(memory_format=torch.preserve_format)
+            self.optimizer.state[parameters[name]][kind] = kept
         self.taken = taken
         # Both schedules are functions of the step's number alone.
         self.schedule.last_epoch = taken - 1

@@ -1,0 +1,128 @@
+"""The job that trains a bundle's unrolled reconstruction: bundle + shards + surrogates -> bundle."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from acsr_ray.artifacts import MANIFEST, ArtifactError, json_digest
+from acsr_ray.distributed.latents import TRAINING_DATA
+from acsr_ray.distributed.trainer import run_training
+from acsr_ray.distributed.training import TrainSettings
+from acsr_ray.models.targets import load_target
+from acsr_ray.purification.bundle import (
+    DEFAULT_BUNDLE,
+    bundle_digest,
+    find_bundle,
+    load_bundle,
+    save_bundle,
+)
+from acsr_ray.sparse.unrolled import UnrolledConfig
+from acsr_ray.training.loop import AdamConfig
+from acsr_ray.training.pairs import PairConfig
+from acsr_ray.training.purifier import LossConfig, PurifierTraining, SurrogateConfig
+from acsr_ray.training.shards import plan_training
+
+
+class TrainPurifierSettings(TrainSettings):
+    """Train the unrolled reconstruction of a bundle on attacks of surrogates; write the bundle with it.
+
+    The new bundle purifies with it by default and keeps the old reconstruction beside it.
+    """
+
+    bundle: str = DEFAULT_BUNDLE
+    """Bundle whose dictionaries it starts from: a directory, or the name of a packaged one."""
+    surrogates: tuple[str, ...] = Field(min_length=1)
+    """Classifiers to attack, as for sweep_attacks: artifacts, files or module:factory. Not your target, or
+    nothing will tell how well the purifier serves attacks on others."""
+    output: Path
+    """Folder of the new bundle."""
+    name: str | None = None
+    """Name recorded in the new bundle; default: that of the old one."""
+    image_size: int = Field(32, ge=8)
+    """Side in pixels of the square training images; the network itself takes images of any size."""
+    network: UnrolledConfig = UnrolledConfig()
+    """The unrolled network."""
+    atoms: int = Field(64, ge=1)
+    """Atoms of its first layer."""
+    init: Literal["dictionary", "random"] = "dictionary"
+    """What the first layer starts from; `random` is the control."""
+    pairs: PairConfig = PairConfig()
+    """Attacked images to train on."""
+    loss: LossConfig = LossConfig()
+    """What to minimise."""
+    optimizer: AdamConfig = AdamConfig()
+    """Schedule and optimiser."""
+    seed: int = 0
+    """Fixes initialisation, shuffling, augmentation and attacks."""
+
+
+def train_purifier(settings: TrainPurifierSettings) -> dict[str, Any]:
+    """Train the reconstruction, save the bundle with it and return its closing metrics.
+
+    Raises:
+        ArtifactError: no such bundle, or its folder is also the output.
+        TargetError: a surrogate that cannot be loaded.
+    """
+    directory = find_bundle(settings.bundle)
+    if directory == settings.output.resolve():
+        raise ArtifactError(f"{settings.output} is the bundle to start from; choose another --output")
+    load_bundle(directory)
+    surrogates = tuple(
+        SurrogateConfig(location=_absolute(location), digest=load_target(location).digest)
+        for location in settings.surrogates
+    )
+    shards = plan_training(settings.train, settings.optimizer.lanes)
+    training = PurifierTraining(
+        bundle=str(directory),
+        bundle_digest=bundle_digest(directory),
+        surrogates=surrogates,
+        image_size=settings.image_size,
+        network_config=settings.network,
+        atoms=settings.atoms,
+        init=settings.init,
+        pairs=settings.pairs,
+        loss=settings.loss,
+        optimizer=settings.optimizer,
+        seed=settings.seed,
+    )
+    trained = run_training(
+        training,
+        shards,
+        validation=settings.validation,
+        output=settings.output,
+        device=settings.device,
+        run=settings.run,
+        settings=settings.ray,
+    )
+    bundle = training.trained(trained.weights)
+    if settings.name is not None:
+        bundle = bundle.renamed(settings.name)
+    metrics = {"train_images": shards.num_rows, **trained.metrics}
+    content = {
+        **_provenance(directory),
+        "reconstruction": {
+            TRAINING_DATA: json_digest(sorted({unit.content for unit in shards.units})),
+            "bundle_digest": training.bundle_digest,
+            "surrogates": [entry.digest for entry in surrogates],
+            # A digest, because a bundle travels and paths of the machine that made it do not.
+            "settings_digest": json_digest(settings.deciding()),
+            "metrics": metrics,
+        },
+    }
+    save_bundle(settings.output, bundle, content)
+    return {**metrics, "output": str(settings.output)}
+
+
+def _provenance(directory: Path) -> dict[str, Any]:
+    """Return what a bundle's manifest says beside what is written anew."""
+    manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_bytes())
+    written = ("schema_version", "kind", "package_version", "algorithm_version", "bundle", "files")
+    return {name: value for name, value in manifest.items() if name not in written}
+
+
+def _absolute(location: str) -> str:
+    """Return a location that workers in other folders find too."""
+    path = Path(location)
+    return str(path.resolve()) if path.exists() else location

@@ -1,0 +1,92 @@
+"""The trained reconstruction of a bundle, in fixed-shape micro-batches and aligned tiles."""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from acsr_ray.artifacts import ArtifactError
+from acsr_ray.models.classifier import pad_batch
+from acsr_ray.purification.bundle import Bundle
+from acsr_ray.purification.tiles import map_tiles
+from acsr_ray.sparse.noise import noise_level
+from acsr_ray.sparse.unrolled import UnrolledCsc
+
+MICRO_BATCH = {"cpu": 8, "cuda": 256}
+"""Images per call up to `SMALL_PIXELS`; larger images go one by one. Fixed, so that an image never depends
+on its neighbours."""
+SMALL_PIXELS = 128 * 128
+KEPT_SIDE = 256
+"""Side of what a tile keeps; its halo is as wide as the network reaches."""
+
+
+class UnrolledReconstruction(nn.Module):
+    """Bands to purified images with a bundle's trained network.
+
+    Args:
+        bundle: with an unrolled reconstruction.
+        device: where to compute.
+
+    Raises:
+        ArtifactError: it has none, or weights that do not fit.
+    """
+
+    def __init__(self, bundle: Bundle, device: str) -> None:
+        super().__init__()
+        config = bundle.config.unrolled
+        if config is None:
+            raise ArtifactError(f"bundle {bundle.config.name} has no unrolled reconstruction")
+        self.config = config
+        self.network = restore_unrolled(bundle).requires_grad_(False).to(device)
+
+    def forward(self, lowpass: Tensor, highpass: Tensor, cluster: Tensor) -> Tensor:
+        """Return purified images (N, 3, H, W), not clipped, of bands of that shape and clusters (N,)."""
+        height, width = lowpass.shape[-2:]
+        small = height * width <= SMALL_PIXELS
+        size = MICRO_BATCH[lowpass.device.type] if small else 1
+        bands = torch.cat([lowpass, highpass], 1)
+        # Whole cells of the coarsest layer, or tiles would see other cells than the whole image does.
+        grid = self.config.grid
+        bands = F.pad(bands, (0, -width % grid, 0, -height % grid), mode="replicate")
+        level = noise_level(highpass)
+        if self.config.sharing != "filters":
+            parts = zip(bands.split(size), cluster.split(size), level.split(size), strict=True)
+            return torch.cat([self._call(*part, size)[..., :height, :width] for part in parts])
+        results, positions = [], []
+        for position in cluster.unique().tolist():
+            for rows in (cluster == position).nonzero()[:, 0].split(size):
+                results.append(self._call(bands[rows], cluster[rows], level[rows], size))
+                positions.append(rows)
+        return torch.cat(results)[torch.cat(positions).argsort()][..., :height, :width]
+
+    def _call(self, bands: Tensor, cluster: Tensor, level: Tensor, size: int) -> Tensor:
+        """Reconstruct at most `size` images, filled up to as many."""
+        count = len(bands)
+        # Contiguous, because the memory layout chooses the kernel.
+        padded = pad_batch(bands, size).contiguous()
+        cluster = torch.cat([cluster, cluster[:1].expand(size - count)])
+        level = torch.cat([level, level[:1].expand(size - count)])
+        halo = self.config.reach(self.network.support)
+        function = partial(self._bands, cluster=cluster, level=level)
+        return map_tiles(function, padded, tile=KEPT_SIDE + 2 * halo, halo=halo)[:count]
+
+    def _bands(self, bands: Tensor, *, cluster: Tensor, level: Tensor) -> Tensor:
+        lowpass, highpass = bands.chunk(2, 1)
+        reconstruction: Tensor = self.network(lowpass, highpass, cluster, level=level)
+        return reconstruction
+
+
+def restore_unrolled(bundle: Bundle) -> UnrolledCsc:
+    """Build the network of a bundle with its weights.
+
+    Raises:
+        ArtifactError: weights that do not fit.
+    """
+    config, weights = bundle.config.unrolled, bundle.reconstruction
+    assert config is not None
+    try:
+        network = UnrolledCsc.from_weights(weights, config, len(bundle.atoms))
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise ArtifactError(f"reconstruction weights do not fit their settings: {error}") from error
+    return network.eval()

@@ -1,0 +1,314 @@
+"""Unrolled convolutional sparse coding: a few iterations of ISTA whose every filter and threshold is learnt.
+
+CBPDN (Eq. 6) solved by ISTA is z <- soft(z + E (h - D z), theta), where E = D^T / L is the analysis, theta is
+lmbda / L, and L the largest eigenvalue of D^T D. Cut to K iterations, with E, D and theta of each iteration
+free, it is a network (LISTA, Gregor and LeCun 2010) that starts as the solver and can be trained for its use.
+Ours and not the paper's:
+
+- Atoms are `stride` pixels apart, so there are stride^2 times fewer coefficients and products.
+- The codes may be coded again by deeper dictionaries at half the resolution each (multi-layer sparse coding,
+  Sulam et al. 2018): an iteration goes down through the layers and up again. The deeper layers see more of
+  the image, which a perturbation of low frequency needs.
+- The low band of the Tikhonov split, which the paper passes on untouched, is coded beside the high band by
+  the same maps. Its filters start at zero, so at first it passes.
+- theta may grow with the noise of the image (CDLNet, Janjusevic et al. 2022).
+
+Shapes: N images, H x W pixels, M atoms of the first layer with support s, K iterations, P sets of
+thresholds or filters.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, Self, cast
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from scipy.linalg import qr
+from torch import Tensor, nn
+
+from acsr_ray.config import Described
+from acsr_ray.sparse.noise import noise_level
+
+Sharing = Literal["global", "thresholds", "filters"]
+DEEPER_SUPPORT = 4
+DEEPER_STRIDE = 2
+POWER_STEPS = 30
+LIPSCHITZ_SIDE = 32
+"""Side in pixels of the image that L is measured on."""
+NOISE_UNIT = 0.01
+"""Noise levels are given to the thresholds in this unit, about 2.5 grey levels."""
+DEEPER_SYNTHESIS = 0.3
+"""Length of the deeper layers' atoms at the start."""
+MID_GREY = 0.5
+
+
+class UnrolledConfig(Described):
+    """Shape of the network; a bundle records it beside the weights."""
+
+    iterations: int = Field(3, ge=1)
+    """K: unrolled iterations, each with filters and thresholds of its own."""
+    stride: int = Field(2, ge=1)
+    """Pixels between neighbouring positions of an atom."""
+    deeper: tuple[int, ...] = (96, 128)
+    """Atoms of each deeper layer, at half the resolution of the one above; () is plain sparse coding."""
+    low_band: Literal["passed", "coded"] = "coded"
+    """`passed`: the low band goes through untouched, as in the paper; `coded`: it is repaired too."""
+    noise_adaptive: bool = True
+    """Whether thresholds grow with the image's noise level by a learnt factor."""
+    sharing: Sharing = "global"
+    """What clusters have of their own: nothing, their thresholds, or all filters and thresholds."""
+
+    @property
+    def grid(self) -> int:
+        """Height and width are brought to multiples of this."""
+        return self.stride * DEEPER_STRIDE ** len(self.deeper)
+
+    def reach(self, support: int) -> int:
+        """Return how far in pixels a pixel can influence the result, rounded up to the grid.
+
+        Args:
+            support: side of the first layer's atoms.
+        """
+        # Analysis and synthesis each spread by half of their support, in pixels of what they read.
+        scales = [self.stride * DEEPER_STRIDE**level for level in range(len(self.deeper))]
+        spread = self.iterations * (support + DEEPER_SUPPORT * sum(scales)) + support
+        return -(-spread // self.grid) * self.grid
+
+
+class UnrolledCsc(nn.Module):
+    """The network. Images of any size; differentiable.
+
+    Args:
+        atoms: (F, M, 3, s, s) atoms that the first layer starts from: one set of P where clusters have
+            filters of their own, else a single set.
+        config: its shape.
+        clusters: P.
+        lmbda: weight of the l1 term that the thresholds start from.
+        generator: of the deeper layers' random start.
+
+    Raises:
+        ValueError: atoms whose number or size does not fit the config.
+    """
+
+    def __init__(
+        self,
+        atoms: Tensor,
+        config: UnrolledConfig,
+        clusters: int = 1,
+        lmbda: float = 0.1,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        sets = clusters if config.sharing == "filters" else 1
+        if atoms.ndim != 5 or len(atoms) != sets or atoms.shape[2] != 3:
+            raise ValueError(f"atoms must be ({sets}, M, 3, s, s), got {tuple(atoms.shape)}")
+        if config.stride > atoms.shape[-1] or (atoms.shape[-1] - config.stride) % 2:
+            raise ValueError(f"stride {config.stride} does not fit atoms of {atoms.shape[-1]} pixels")
+        self.config = config
+        widths = (atoms.shape[1], *config.deeper)
+        deeper = [
+            torch.randn((width, above, DEEPER_SUPPORT, DEEPER_SUPPORT), generator=generator)
+            for above, width in zip(widths, config.deeper, strict=False)
+        ]
+        thresholds = clusters if config.sharing == "thresholds" else 1
+        self.members = nn.ModuleList(_Member(own, deeper, config, thresholds, lmbda) for own in atoms)
+
+    @classmethod
+    def from_weights(cls, weights: Mapping[str, Tensor], config: UnrolledConfig, clusters: int) -> Self:
+        """Build the network that `weights`, a state dict, belong to, and load them.
+
+        Raises:
+            KeyError, RuntimeError, ValueError: they do not fit the config.
+        """
+        sets = clusters if config.sharing == "filters" else 1
+        count, _, *support = weights["members.0.output"].shape
+        network = cls(torch.ones((sets, count, 3, *support)), config, clusters)
+        network.load_state_dict(dict(weights))
+        return network
+
+    @property
+    def support(self) -> int:
+        """Side of the first layer's atoms in pixels."""
+        return cast(_Member, self.members[0]).output.shape[-1]
+
+    def forward(
+        self,
+        lowpass: Tensor,
+        highpass: Tensor,
+        cluster: Tensor | None = None,
+        *,
+        level: Tensor | None = None,
+        strength: Tensor | None = None,
+    ) -> Tensor:
+        """Return the purified images, not yet clipped.
+
+        Args:
+            lowpass: (N, 3, H, W) low band.
+            highpass: (N, 3, H, W) high band, with the low band the image.
+            cluster: (N,) int64 in 0..P - 1; not needed where everything is shared.
+            level: (N,) noise level of the images, for tiles of a larger one; measured here when omitted.
+            strength: (N,) factor on all thresholds of an image; 1 when omitted.
+        """
+        if cluster is None and self.config.sharing != "global":
+            raise ValueError(f"clusters have {self.config.sharing} of their own: cluster is needed")
+        if level is None:
+            level = noise_level(highpass)
+        if strength is None:
+            strength = torch.ones_like(level)
+        if cluster is None or self.config.sharing != "filters":
+            return self.members[0](lowpass, highpass, cluster, level, strength)
+        parts, positions = [], []
+        for position in cluster.unique().tolist():
+            rows = (cluster == position).nonzero()[:, 0]
+            parts.append(
+                self.members[position](lowpass[rows], highpass[rows], None, level[rows], strength[rows])
+            )
+            positions.append(rows)
+        return torch.cat(parts)[torch.cat(positions).argsort()]
+
+
+class _Member(nn.Module):
+    """One set of filters, with one or several sets of thresholds."""
+
+    def __init__(
+        self,
+        atoms: Tensor,
+        deeper: Sequence[Tensor],
+        config: UnrolledConfig,
+        clusters: int,
+        lmbda: float,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        # Filters and thresholds are stored in units of the solver's step, so that an optimiser which moves
+        # all parameters alike (Adam) moves them in proportion.
+        step = 1 / lipschitz(atoms, config.stride)
+        self.step: Tensor
+        self.register_buffer("step", torch.tensor(step))
+        self.unit: Tensor
+        self.register_buffer("unit", torch.tensor(lmbda * step))
+        first = torch.cat([atoms, torch.zeros_like(atoms)], 1) if config.low_band == "coded" else atoms
+        below = [filters / filters.flatten(1).norm(dim=1).view(-1, 1, 1, 1) for filters in deeper]
+        self.analysis = nn.ModuleList([_each(config, filters) for filters in (first, *below)])
+        self.synthesis = nn.ModuleList(
+            [_each(config, first), *(_each(config, DEEPER_SYNTHESIS * filters) for filters in below)]
+        )
+        self.output = nn.Parameter(first.clone())
+        widths = (len(atoms), *config.deeper)
+        self.thresholds = nn.ModuleList(_each(config, torch.ones(clusters, width)) for width in widths)
+        self.noise_slopes = nn.ModuleList(
+            _each(config, torch.zeros(clusters, width)) for width in widths if config.noise_adaptive
+        )
+
+    def forward(
+        self, lowpass: Tensor, highpass: Tensor, cluster: Tensor | None, level: Tensor, strength: Tensor
+    ) -> Tensor:
+        height, width = highpass.shape[-2:]
+        coded_low = self.config.low_band == "coded"
+        bands = torch.cat([highpass, lowpass - MID_GREY], 1) if coded_low else highpass
+        grid = self.config.grid
+        signal = F.pad(bands, (0, -width % grid, 0, -height % grid), mode="replicate")
+        theta = self._theta(cluster, level, strength)
+        codes: list[Tensor] = []
+        for iteration in range(self.config.iterations):
+            codes = self._iterate(signal, codes, iteration, theta[iteration])
+        coded = _up(codes[0], self.output, self.config.stride)[..., :height, :width]
+        return lowpass + coded[:, :3] + (coded[:, 3:] if coded_low else 0)
+
+    def _theta(self, cluster: Tensor | None, level: Tensor, strength: Tensor) -> list[list[Tensor]]:
+        """Return the thresholds (N, width, 1, 1) of each iteration and layer."""
+        unit = (self.unit * strength)[:, None]
+
+        def own(table: Tensor) -> Tensor:
+            return table[cluster] if cluster is not None and len(table) > 1 else table
+
+        thresholds = []
+        for iteration in range(self.config.iterations):
+            theta = [own(table) for table in _at(self.thresholds, iteration)]
+            if self.config.noise_adaptive:
+                noise = (level / NOISE_UNIT)[:, None]
+                slopes = _at(self.noise_slopes, iteration)
+                theta = [base + noise * own(slope) for base, slope in zip(theta, slopes, strict=True)]
+            thresholds.append([(unit * F.relu(values))[..., None, None] for values in theta])
+        return thresholds
+
+    def _iterate(
+        self, signal: Tensor, codes: Sequence[Tensor], iteration: int, theta: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Go down through the layers, each coding what lies above it, and up again.
+
+        Args:
+            signal: (N, C, H, W) bands.
+            codes: of each layer; () at first, when all are zero.
+            iteration: its number.
+            theta: thresholds of each layer.
+        """
+        down, up = _at(self.analysis, iteration), _at(self.synthesis, iteration)
+        strides = [self.config.stride, *[DEEPER_STRIDE] * len(self.config.deeper)]
+        new: list[Tensor] = []
+        above = signal
+        for layer, stride in enumerate(strides):
+            residual = above - _up(codes[layer], up[layer], stride) if codes else above
+            update = _down(residual, down[layer], stride)
+            if not layer:
+                update = self.step * update
+            above = soft(codes[layer] + update if codes else update, theta[layer])
+            new.append(above)
+        for layer in range(len(new) - 2, -1, -1):
+            explained = _up(new[layer + 1], up[layer + 1], DEEPER_STRIDE)
+            new[layer] = soft(new[layer] + explained, theta[layer])
+        return new
+
+
+def soft(values: Tensor, theta: Tensor) -> Tensor:
+    """Return values shrunk towards 0 by theta >= 0, which broadcasts and may be trained."""
+    return values - torch.maximum(torch.minimum(values, theta), -theta)
+
+
+def spread_atoms(atoms: Tensor, count: int) -> Tensor:
+    """Choose atoms that differ most: pivoted QR, each the one with most left beside those before it.
+
+    Dictionaries of many clusters have near copies of some atoms, which would only make L large.
+
+    Args:
+        atoms: (K, M, C, h, w) of all clusters.
+        count: how many to choose, at most K M.
+
+    Returns:
+        (count, C, h, w).
+    """
+    flat = atoms.flatten(0, 1)
+    if count > len(flat):
+        raise ValueError(f"{count} atoms cannot be chosen from {len(flat)}")
+    order = qr(flat.flatten(1).double().numpy().T, pivoting=True, mode="r")[-1]
+    return flat[torch.from_numpy(order[:count].astype("int64"))].clone()
+
+
+def _down(signal: Tensor, filters: Tensor, stride: int) -> Tensor:
+    return F.conv2d(signal, filters, stride=stride, padding=(filters.shape[-1] - stride) // 2)
+
+
+def _up(code: Tensor, filters: Tensor, stride: int) -> Tensor:
+    return F.conv_transpose2d(code, filters, stride=stride, padding=(filters.shape[-1] - stride) // 2)
+
+
+def lipschitz(atoms: Tensor, stride: int) -> float:
+    """Return L, the largest eigenvalue of D^T D for atoms (M, C, s, s) `stride` pixels apart, estimated."""
+    side = LIPSCHITZ_SIDE
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn((1, atoms.shape[1], side, side), generator=generator).to(atoms)
+    size = 0.0
+    with torch.no_grad():
+        for _ in range(POWER_STEPS):
+            image = _up(_down(image / image.norm(), atoms, stride), atoms, stride)
+            size = image.norm().item()
+    return size
+
+
+def _at(layers: nn.ModuleList, iteration: int) -> list[Tensor]:
+    """Return each layer's parameter of one iteration."""
+    return [cast(nn.ParameterList, layer)[iteration] for layer in layers]
+
+
+def _each(config: UnrolledConfig, start: Tensor) -> nn.ParameterList:
+    return nn.ParameterList([nn.Parameter(start.clone()) for _ in range(config.iterations)])
