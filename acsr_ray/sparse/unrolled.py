@@ -121,7 +121,7 @@ class UnrolledCsc(nn.Module):
             KeyError, RuntimeError, ValueError: they do not fit the config.
         """
         sets = clusters if config.sharing == "filters" else 1
-        count, _, *support = weights["members.0.output"].shape
+        count, _, *support = weights["members.0.analysis.0.0"].shape
         network = cls(torch.ones((sets, count, 3, *support)), config, clusters)
         network.load_state_dict(dict(weights))
         return network
@@ -129,7 +129,7 @@ class UnrolledCsc(nn.Module):
     @property
     def support(self) -> int:
         """Side of the first layer's atoms in pixels."""
-        return cast(_Member, self.members[0]).output.shape[-1]
+        return _at(cast(_Member, self.members[0]).analysis, 0)[0].shape[-1]
 
     def forward(
         self,
@@ -193,7 +193,6 @@ class _Member(nn.Module):
         self.synthesis = nn.ModuleList(
             [_each(config, first), *(_each(config, DEEPER_SYNTHESIS * filters) for filters in below)]
         )
-        self.output = nn.Parameter(first.clone())
         widths = (len(atoms), *config.deeper)
         self.thresholds = nn.ModuleList(_each(config, torch.ones(clusters, width)) for width in widths)
         self.noise_slopes = nn.ModuleList(
@@ -212,7 +211,8 @@ class _Member(nn.Module):
         codes: list[Tensor] = []
         for iteration in range(self.config.iterations):
             codes = self._iterate(signal, codes, iteration, theta[iteration])
-        coded = _up(codes[0], self.output, self.config.stride)[..., :height, :width]
+        output = _at(self.synthesis, -1)[0]
+        coded = _up(codes[0], output, self.config.stride)[..., :height, :width]
         return lowpass + coded[:, :3] + (coded[:, 3:] if coded_low else 0)
 
     def _theta(self, cluster: Tensor | None, level: Tensor, strength: Tensor) -> list[list[Tensor]]:
@@ -244,11 +244,13 @@ class _Member(nn.Module):
             theta: thresholds of each layer.
         """
         down, up = _at(self.analysis, iteration), _at(self.synthesis, iteration)
+        # Codes are read by the filters of the iteration that made them; those of the last give the image.
+        before = _at(self.synthesis, iteration - 1)
         strides = [self.config.stride, *[DEEPER_STRIDE] * len(self.config.deeper)]
         new: list[Tensor] = []
         above = signal
         for layer, stride in enumerate(strides):
-            residual = above - _up(codes[layer], up[layer], stride) if codes else above
+            residual = above - _up(codes[layer], before[layer], stride) if codes else above
             update = _down(residual, down[layer], stride)
             if not layer:
                 update = self.step * update
