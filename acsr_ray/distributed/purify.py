@@ -28,7 +28,9 @@ from acsr_ray.purification.bundle import (
     DEFAULT_BUNDLE,
     bundle_digest,
     find_bundle,
+    load_bundle,
 )
+from acsr_ray.purification.options import PurifyOptions, Reconstruction, Strength
 from acsr_ray.purification.stages import (
     DecodeImages,
     EncodeImages,
@@ -55,6 +57,12 @@ class PurifyCorpusSettings(JobSettings):
     """Folder for the result, on a disk that all nodes share; the demo's default is ./demo."""
     bundle: str = DEFAULT_BUNDLE
     """What to purify with: a bundle's directory, or the name of a packaged one."""
+    reconstruction: Reconstruction | None = None
+    """`cbpdn`, the paper's, or `unrolled`, trained on attacks; None: the bundle's default."""
+    strength: Strength = 1.0
+    """Factor on what is taken away (lmbda, or the unrolled thresholds), or `auto`, by each image's noise."""
+    top_k: int = Field(1, ge=1)
+    """Reconstruct with so many nearest clusters and average."""
     limit: int | None = Field(None, ge=1)
     """Only the first so many rows of the corpus."""
     batch_size: int = Field(64, ge=1)
@@ -76,6 +84,11 @@ class PurifyCorpusSettings(JobSettings):
     ray: RaySettings = RaySettings()
     """Where Ray runs and how much of it to take."""
 
+    @property
+    def options(self) -> PurifyOptions:
+        """How to purify."""
+        return PurifyOptions(reconstruction=self.reconstruction, strength=self.strength, top_k=self.top_k)
+
 
 def purify_corpus(settings: PurifyCorpusSettings) -> dict[str, Any]:
     """Purify a corpus and return the closing summary.
@@ -96,6 +109,7 @@ def purify_corpus(settings: PurifyCorpusSettings) -> dict[str, Any]:
         "unit_rows": settings.unit_rows,
         "unit_megabytes": settings.unit_megabytes,
     }
+    load_bundle(settings.bundle).config.with_reconstruction(settings.reconstruction)
     ledger.check(bound)
     units = plan_units(
         settings.input,
@@ -132,6 +146,8 @@ def deciding_settings(settings: PurifyCorpusSettings) -> dict[str, Any]:
         "decode": settings.decode.model_dump(mode="json"),
         "image_column": settings.image_column,
         "keep_original": settings.keep_original,
+        # Only what differs from the defaults, so that a new option leaves older outputs valid.
+        **settings.options.changed(),
     }
 
 
@@ -183,6 +199,7 @@ def build_pipeline(
         "device": shares.device,
         "threads": threads,
         "batch_size": settings.batch_size,
+        "options": settings.options,
     }
     read = map_in_tasks(unit_blocks(units), ReadUnits(), shares)
     decoded = map_in_tasks(read, DecodeImages(settings.image_column, settings.decode), shares)
@@ -197,7 +214,7 @@ def build_pipeline(
     selected = map_in_actors(
         encoded,
         SelectClusters,
-        {"bundle": bundle, "threads": threads},
+        {"bundle": bundle, "threads": threads, "options": settings.options},
         actors=1,
         cpus=shares.select_cpus,
     )

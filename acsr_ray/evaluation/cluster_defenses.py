@@ -60,6 +60,8 @@ class NearestCluster(PurifierDefense):
 
     def choose(self, images: Tensor) -> Selection:
         """Return the nearest clusters; see `PurifierDefense.choose`."""
+        if not self.purifier.uses_clusters:
+            return _selection(torch.zeros(len(images), device=images.device))
         selection = self.purifier.select(self.purifier.latents(images))
         for _ in range(self.reselect):
             purified = self.purifier.reconstruct(images, selection).images

@@ -26,6 +26,7 @@ from acsr_ray.evaluation.learned_defenses import Magnet, PixelDefend
 from acsr_ray.models.autoencoder import load_autoencoder
 from acsr_ray.models.pixel_cnn import load_pixel_cnn
 from acsr_ray.purification.bundle import Bundle, load_bundle
+from acsr_ray.purification.options import PurifyOptions
 from acsr_ray.purification.purifier import Purifier
 from acsr_ray.sparse.cbpdn import CbpdnConfig
 from acsr_ray.training.global_dictionary import load_global_dictionary
@@ -78,7 +79,9 @@ def _bundle(request: BuildRequest) -> Bundle:
 
 
 def _purifier(request: BuildRequest) -> Purifier:
-    return Purifier(_bundle(request), request.device)
+    given = {name: request.parameters.get(name) for name in PurifyOptions.model_fields}
+    options = PurifyOptions.model_validate({k: value for k, value in given.items() if value is not None})
+    return Purifier(_bundle(request), request.device, options)
 
 
 def _tvm(request: BuildRequest) -> Defense:
@@ -152,6 +155,7 @@ def _low_band(request: BuildRequest) -> Defense:
 
 
 LMBDA: Mapping[str, Any] = {"lmbda": None}
+OPTIONS: Mapping[str, Any] = PurifyOptions().model_dump()
 DEFENSES: Mapping[str, DefenseEntry] = {
     "none": DefenseEntry("No defense", lambda request: Identity(), {}),
     "jpeg": DefenseEntry(
@@ -197,7 +201,7 @@ DEFENSES: Mapping[str, DefenseEntry] = {
     "magnet": DefenseEntry("MagNet", _magnet, {}, "magnet"),
     "pixel_defend": DefenseEntry("PixelDefend", _pixel_defend, {"epsilon": 16 / 255}, "pixel_cnn", "epsilon"),
     "stl": DefenseEntry("STL", _stl, LMBDA, "global_dictionary", "lmbda"),
-    "acsr": DefenseEntry("ACSR", _acsr, {**LMBDA, "reselect": 0}, "bundle", "lmbda"),
+    "acsr": DefenseEntry("ACSR", _acsr, {**LMBDA, **OPTIONS, "reselect": 0}, "bundle", "lmbda"),
     "random_atoms": DefenseEntry("Random atoms", _random_atoms, LMBDA, "bundle", "lmbda"),
     "dct_atoms": DefenseEntry("DCT atoms", _dct_atoms, LMBDA, "bundle", "lmbda"),
     "random_cluster": DefenseEntry(

@@ -14,8 +14,9 @@ from acsr_ray.artifacts import MANIFEST, ArtifactError, artifact_digest
 from acsr_ray.config import ConfigError, Described, did_you_mean
 from acsr_ray.defenses.base import Defense
 from acsr_ray.evaluation.cluster_defenses import PurifierDefense
-from acsr_ray.evaluation.defense_registry import DEFENSES, BuildRequest
+from acsr_ray.evaluation.defense_registry import DEFENSES, OPTIONS, BuildRequest
 from acsr_ray.purification.bundle import ALGORITHM_VERSION, find_bundle
+from acsr_ray.purification.options import Reconstruction, Strength
 
 __all__ = [
     "DEFENSES",
@@ -71,6 +72,12 @@ class DefenseConfig(Described):
     """pixel_defend: radius of the L_inf ball for images in [0, 1]."""
     lmbda: float | None = Field(None, gt=0)
     """Sparse coding: weight of the l1 term in place of the artifact's; the ADMM penalty scales along."""
+    reconstruction: Reconstruction | None = None
+    """acsr: `cbpdn` or `unrolled`; the bundle's default when omitted."""
+    strength: Strength | None = None
+    """acsr: factor on lmbda or on the unrolled thresholds, or `auto`."""
+    top_k: int | None = Field(None, ge=1)
+    """acsr: clusters to reconstruct with and average."""
     reselect: int | None = Field(None, ge=0)
     """acsr: how often the cluster is chosen anew from the purified image."""
     rank: int | None = Field(None, ge=1)
@@ -179,10 +186,13 @@ def defense_digest(config: DefenseConfig) -> str:
     The artifact enters by its digest, not its path. Raises `ArtifactError` when it is missing.
     """
     check_artifact(config)
+    # Options of the purifier enter where they differ from the defaults: a new one leaves older cells valid.
+    plain = {name for name, value in OPTIONS.items() if config.given().get(name, value) == value}
+    parameters = {name: value for name, value in config.parameters().items() if name not in plain}
     content: dict[str, Any] = {
         "name": config.name,
         "seed": config.seed,
-        "parameters": config.parameters(),
+        "parameters": parameters,
         "defenses_version": DEFENSES_VERSION,
     }
     kind = DEFENSES[config.name].artifact

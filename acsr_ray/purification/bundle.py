@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
@@ -28,6 +28,7 @@ from acsr_ray.clustering.gaussians import Gaussians
 from acsr_ray.clustering.selection import SelectionRule
 from acsr_ray.config import Described
 from acsr_ray.models.classifier import EncoderConfig
+from acsr_ray.purification.options import Reconstruction
 from acsr_ray.sparse.cbpdn import CbpdnConfig
 from acsr_ray.sparse.tikhonov import TikhonovConfig
 from acsr_ray.sparse.unrolled import UnrolledConfig
@@ -43,7 +44,25 @@ CLUSTERS = "clusters.safetensors"
 DICTIONARIES = "dictionaries.safetensors"
 RECONSTRUCTION = "reconstruction.safetensors"
 
-Reconstruction = Literal["cbpdn", "unrolled"]
+
+class AutoStrength(Described):
+    """Strength of `auto` for an image: 1 at a noise level, growing with the level, within bounds.
+
+    s = clip(1 + slope (level / reference - 1), low, high); levels as by `acsr_ray.sparse.noise`.
+    """
+
+    reference: float = Field(0.012, gt=0)
+    """Noise level on the [0, 1] pixel scale at which the strength is 1: the median of clean images."""
+    slope: float = Field(0.5, ge=0)
+    """Change of the strength when the level changes by the reference."""
+    low: float = Field(0.5, gt=0)
+    """Smallest strength."""
+    high: float = Field(2.0, gt=0)
+    """Largest strength."""
+
+    def of(self, level: Tensor) -> Tensor:
+        """Return the strength (N,) at noise levels (N,)."""
+        return (1 + self.slope * (level / self.reference - 1)).clamp(self.low, self.high)
 
 
 class BundleConfig(Described):
@@ -65,6 +84,8 @@ class BundleConfig(Described):
     """What purifies unless another is asked for: `cbpdn`, the paper's, or `unrolled`, trained on attacks."""
     unrolled: UnrolledConfig | None = None
     """The unrolled network; None where none was trained."""
+    auto_strength: AutoStrength = AutoStrength()
+    """What strength `auto` is."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

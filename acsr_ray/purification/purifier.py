@@ -8,6 +8,7 @@ always see micro-batches of a fixed shape, filled up with zeros.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -17,10 +18,12 @@ from torch import Tensor, nn
 from acsr_ray.clustering.gaussians import Gaussians
 from acsr_ray.clustering.selection import Selection, select_cluster
 from acsr_ray.models.classifier import ENCODER_MICRO_BATCH, encode, pad_batch, restore_encoder
-from acsr_ray.purification.bundle import DEFAULT_BUNDLE, Bundle, Reconstruction, load_bundle
+from acsr_ray.purification.bundle import DEFAULT_BUNDLE, Bundle, load_bundle
+from acsr_ray.purification.options import PurifyOptions
 from acsr_ray.purification.tiles import map_tiles
-from acsr_ray.purification.unrolled import UnrolledReconstruction
+from acsr_ray.purification.unrolled import UnrolledReconstruction, fill_up
 from acsr_ray.sparse.cbpdn import Cbpdn
+from acsr_ray.sparse.noise import noise_level
 from acsr_ray.sparse.tikhonov import tikhonov_split
 
 SOLVER_MICRO_BATCH = {"cpu": 2, "cuda": 64}
@@ -55,11 +58,16 @@ class Purifier(nn.Module):
     Args:
         bundle: encoder, Gaussians and dictionaries.
         device: where to compute; images may come from anywhere.
+        options: what is wanted beside the bundle's own ways.
+
+    Raises:
+        ArtifactError: the bundle has no such reconstruction.
     """
 
-    def __init__(self, bundle: Bundle, device: str = "cpu") -> None:
+    def __init__(self, bundle: Bundle, device: str = "cpu", options: PurifyOptions | None = None) -> None:
         super().__init__()
-        self.config = bundle.config
+        self.options = options or PurifyOptions()
+        self.config = bundle.config.with_reconstruction(self.options.reconstruction)
         self.device = torch.device(device)
         if self.device.type == "cuda":
             # TF32 convolutions differ from the CPU's by about 1e-3, enough to select other clusters.
@@ -70,7 +78,7 @@ class Purifier(nn.Module):
         atoms = bundle.atoms.to(device)
         self.solvers = [Cbpdn(dictionary, bundle.config.cbpdn) for dictionary in atoms]
         self.unrolled = None
-        if bundle.config.reconstruction == "unrolled":
+        if self.config.reconstruction == "unrolled":
             self.unrolled = UnrolledReconstruction(bundle, device)
 
     @classmethod
@@ -78,19 +86,19 @@ class Purifier(nn.Module):
         cls,
         bundle: str | Path = DEFAULT_BUNDLE,
         device: str = "cpu",
-        reconstruction: Reconstruction | None = None,
+        options: PurifyOptions | None = None,
     ) -> Self:
-        """Load a bundle.
+        """Load a bundle by directory or packaged name.
 
         Args:
-            bundle: directory or packaged name.
+            bundle: directory or name.
             device: where to compute.
-            reconstruction: `cbpdn` or `unrolled`; the bundle's own when omitted.
+            options: what is wanted beside the bundle's own ways.
 
         Raises:
             ArtifactError: it is absent or was changed, or has no such reconstruction.
         """
-        return cls(load_bundle(bundle).with_reconstruction(reconstruction), device)
+        return cls(load_bundle(bundle), device, options)
 
     def train(self, mode: bool = True) -> Self:
         """Keep the frozen encoder in evaluation mode, whatever the model around the purifier does."""
@@ -124,16 +132,20 @@ class Purifier(nn.Module):
         return encode(self.encoder, images, self.config.encoder.image_size)
 
     def select(self, latents: Tensor) -> Selection:
-        """Choose the cluster of each latent (N, L); no label is known."""
-        chosen, distance = [], []
+        """Choose the cluster of each latent (N, L), or the best `top_k`; no label is known."""
+        top_k = min(self.options.top_k, len(self.solvers))
+        parts = []
         for part in latents.to(self.device, torch.float64).split(ENCODER_MICRO_BATCH):
             padded = pad_batch(part, ENCODER_MICRO_BATCH)
-            selection = select_cluster(padded, self.gaussians, self.config.selection)
-            chosen.append(selection.index[: len(part)])
-            distance.append(selection.distance[: len(part)])
-        if not chosen:
+            chosen = select_cluster(padded, self.gaussians, self.config.selection, top_k)
+            parts.append(chosen.rows(slice(len(part))))
+        if not parts:
             return Selection(latents.new_zeros(0, dtype=torch.int64), latents.new_zeros(0))
-        return Selection(torch.cat(chosen), torch.cat(distance).float())
+        return Selection(
+            torch.cat([part.index for part in parts]),
+            torch.cat([part.distance for part in parts]).float(),
+            None if top_k == 1 else torch.cat([part.candidates for part in parts]),
+        )
 
     def reconstruct(self, images: Tensor, selection: Selection) -> Purified:
         """Split, reconstruct and clip.
@@ -148,15 +160,38 @@ class Purifier(nn.Module):
             return self._outcome(images, images, selection, selection.index.bool())
         lowpass = torch.cat([low for low, _ in bands])
         highpass = torch.cat([high for _, high in bands])
-        if self.unrolled is not None:
-            rebuilt = self.unrolled(lowpass, highpass, selection.index)
-        else:
-            rebuilt = lowpass + self._code(highpass, selection.index)
+        rebuilt = torch.stack(
+            [self._rebuild(lowpass, highpass, index) for index in self._clusters(selection).T]
+        ).mean(0)
         solved = torch.isfinite(rebuilt).flatten(1).all(1)
         rebuilt = torch.where(solved.view(-1, 1, 1, 1), rebuilt, lowpass)
         return self._outcome(images, rebuilt.clamp(0, 1), selection, solved)
 
-    def _code(self, highpass: Tensor, index: Tensor) -> Tensor:
+    def strengths(self, highpass: Tensor) -> Tensor | None:
+        """Return the strength (N,) for each high band; None where all are 1."""
+        if self.options.strength == "auto":
+            return self.config.auto_strength.of(noise_level(highpass))
+        if self.options.strength == 1:
+            return None
+        return highpass.new_full((len(highpass),), self.options.strength)
+
+    @property
+    def uses_clusters(self) -> bool:
+        """Whether the pixels depend on the chosen cluster; not where a network is shared by all."""
+        return self.unrolled is None or self.unrolled.config.sharing != "global"
+
+    def _clusters(self, selection: Selection) -> Tensor:
+        """Return the clusters (N, k) to reconstruct with."""
+        return selection.candidates if self.uses_clusters else selection.index[:, None]
+
+    def _rebuild(self, lowpass: Tensor, highpass: Tensor, index: Tensor) -> Tensor:
+        """Return the reconstruction with one cluster for each image, not clipped."""
+        strength = self.strengths(highpass)
+        if self.unrolled is not None:
+            return self.unrolled(lowpass, highpass, index, strength)
+        return lowpass + self._code(highpass, index, strength)
+
+    def _code(self, highpass: Tensor, index: Tensor, strength: Tensor | None) -> Tensor:
         """Return the sparse reconstruction of each high band with the dictionary of its cluster."""
         small = highpass.shape[-2] * highpass.shape[-1] <= SMALL_PIXELS
         micro_batch = SOLVER_MICRO_BATCH[self.device.type] if small else 1
@@ -165,7 +200,9 @@ class Purifier(nn.Module):
             solver = self.solvers[cluster]
             for rows in (index == cluster).nonzero()[:, 0].split(micro_batch):
                 batch = pad_batch(highpass[rows], micro_batch)
-                parts.append(map_tiles(solver.reconstruct, batch)[: len(rows)])
+                factor = None if strength is None else fill_up(strength[rows], micro_batch)
+                function = partial(solver.reconstruct, strength=factor)
+                parts.append(map_tiles(function, batch)[: len(rows)])
                 positions.append(rows)
         return torch.cat(parts)[torch.cat(positions).argsort()]
 

@@ -44,6 +44,7 @@ from acsr_ray.corpus.images import (
 from acsr_ray.corpus.labelled import image_bytes
 from acsr_ray.corpus.ledger import Ledger
 from acsr_ray.corpus.units import Unit, read_unit
+from acsr_ray.purification.options import PurifyOptions
 from acsr_ray.purification.purifier import Purifier
 
 BATCH_PIXELS = 2**24
@@ -102,11 +103,14 @@ class EncodeImages:
         bundle: directory or name.
         device: `cpu` or `cuda`.
         batch_size: most rows per call of the encoder; decides memory, never pixels.
+        options: of the purifier.
     """
 
-    def __init__(self, bundle: str, device: str, batch_size: int, threads: int) -> None:
+    def __init__(
+        self, bundle: str, device: str, batch_size: int, threads: int, options: PurifyOptions | None = None
+    ) -> None:
         torch.set_num_threads(threads)
-        self.purifier = Purifier.load(bundle, device)
+        self.purifier = Purifier.load(bundle, device, options)
         self.batch_size = batch_size
 
     @torch.inference_mode()
@@ -121,11 +125,11 @@ class EncodeImages:
 
 
 class SelectClusters:
-    """Choose each image's cluster.  Reads LATENT.  Adds INDEX, CLASS, CLUSTER, DISTANCE."""
+    """Choose each image's cluster.  Reads LATENT.  Adds INDEX (of the k best), CLASS, CLUSTER, DISTANCE."""
 
-    def __init__(self, bundle: str, threads: int) -> None:
+    def __init__(self, bundle: str, threads: int, options: PurifyOptions | None = None) -> None:
         torch.set_num_threads(threads)
-        self.purifier = Purifier.load(bundle)
+        self.purifier = Purifier.load(bundle, options=options)
 
     @torch.inference_mode()
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -136,7 +140,7 @@ class SelectClusters:
         chosen = self.purifier.select(torch.from_numpy(latents.reshape(-1, count)))
         gaussians = self.purifier.gaussians
         for name, kind, values in (
-            (INDEX, pa.int32(), chosen.index),
+            (INDEX, pa.list_(pa.int32()), chosen.candidates),
             (CLASS, pa.int32(), gaussians.class_id[chosen.index]),
             (CLUSTER, pa.int32(), gaussians.cluster_id[chosen.index]),
             (DISTANCE, pa.float32(), chosen.distance),
@@ -155,11 +159,14 @@ class PurifyImages:
         bundle: directory or name.
         device: `cpu` or `cuda`.
         batch_size: most rows per call; decides memory, never pixels.
+        options: of the purifier.
     """
 
-    def __init__(self, bundle: str, device: str, batch_size: int, threads: int) -> None:
+    def __init__(
+        self, bundle: str, device: str, batch_size: int, threads: int, options: PurifyOptions | None = None
+    ) -> None:
         torch.set_num_threads(threads)
-        self.purifier = Purifier.load(bundle, device)
+        self.purifier = Purifier.load(bundle, device, options)
         self.batch_size = batch_size
 
     @torch.inference_mode()
@@ -170,10 +177,9 @@ class PurifyImages:
         reasons = table[REASON].to_pylist()
         indices, distances = table[INDEX].to_pylist(), table[DISTANCE].to_pylist()
         for rows, images in batches_by_size(table, self.batch_size):
-            selection = Selection(
-                torch.tensor([indices[row] for row in rows]).to(self.purifier.device),
-                torch.tensor([distances[row] for row in rows]).to(self.purifier.device),
-            )
+            nearest = torch.tensor([indices[row] for row in rows]).to(self.purifier.device)
+            distance = torch.tensor([distances[row] for row in rows]).to(self.purifier.device)
+            selection = Selection(nearest[:, 0], distance, nearest)
             outcome = self.purifier.reconstruct(images.to(self.purifier.device), selection)
             for position, row in enumerate(rows):
                 image = outcome.images[position].cpu().numpy()

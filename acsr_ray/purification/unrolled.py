@@ -40,8 +40,17 @@ class UnrolledReconstruction(nn.Module):
         self.config = config
         self.network = restore_unrolled(bundle).requires_grad_(False).to(device)
 
-    def forward(self, lowpass: Tensor, highpass: Tensor, cluster: Tensor) -> Tensor:
-        """Return purified images (N, 3, H, W), not clipped, of bands of that shape and clusters (N,)."""
+    def forward(
+        self, lowpass: Tensor, highpass: Tensor, cluster: Tensor, strength: Tensor | None = None
+    ) -> Tensor:
+        """Return purified images (N, 3, H, W), not clipped.
+
+        Args:
+            lowpass: (N, 3, H, W).
+            highpass: (N, 3, H, W).
+            cluster: (N,) int64.
+            strength: (N,) factor on the thresholds of each image; 1 when omitted.
+        """
         height, width = lowpass.shape[-2:]
         small = height * width <= SMALL_PIXELS
         size = MICRO_BATCH[lowpass.device.type] if small else 1
@@ -50,31 +59,40 @@ class UnrolledReconstruction(nn.Module):
         grid = self.config.grid
         bands = F.pad(bands, (0, -width % grid, 0, -height % grid), mode="replicate")
         level = noise_level(highpass)
+        factor = torch.ones_like(level) if strength is None else strength
         if self.config.sharing != "filters":
-            parts = zip(bands.split(size), cluster.split(size), level.split(size), strict=True)
-            return torch.cat([self._call(*part, size)[..., :height, :width] for part in parts])
-        results, positions = [], []
-        for position in cluster.unique().tolist():
-            for rows in (cluster == position).nonzero()[:, 0].split(size):
-                results.append(self._call(bands[rows], cluster[rows], level[rows], size))
-                positions.append(rows)
-        return torch.cat(results)[torch.cat(positions).argsort()][..., :height, :width]
+            rows = list(torch.arange(len(bands), device=bands.device).split(size))
+        else:
+            rows = [
+                part
+                for position in cluster.unique().tolist()
+                for part in (cluster == position).nonzero()[:, 0].split(size)
+            ]
+        results = [self._call(bands[r], cluster[r], level[r], factor[r], size) for r in rows]
+        return torch.cat(results)[torch.cat(rows).argsort()][..., :height, :width]
 
-    def _call(self, bands: Tensor, cluster: Tensor, level: Tensor, size: int) -> Tensor:
+    def _call(self, bands: Tensor, cluster: Tensor, level: Tensor, factor: Tensor, size: int) -> Tensor:
         """Reconstruct at most `size` images, filled up to as many."""
-        count = len(bands)
         # Contiguous, because the memory layout chooses the kernel.
         padded = pad_batch(bands, size).contiguous()
-        cluster = torch.cat([cluster, cluster[:1].expand(size - count)])
-        level = torch.cat([level, level[:1].expand(size - count)])
+        function = partial(
+            self._bands,
+            cluster=fill_up(cluster, size),
+            level=fill_up(level, size),
+            strength=fill_up(factor, size),
+        )
         halo = self.config.reach(self.network.support)
-        function = partial(self._bands, cluster=cluster, level=level)
-        return map_tiles(function, padded, tile=KEPT_SIDE + 2 * halo, halo=halo)[:count]
+        return map_tiles(function, padded, tile=KEPT_SIDE + 2 * halo, halo=halo)[: len(bands)]
 
-    def _bands(self, bands: Tensor, *, cluster: Tensor, level: Tensor) -> Tensor:
+    def _bands(self, bands: Tensor, **state: Tensor) -> Tensor:
         lowpass, highpass = bands.chunk(2, 1)
-        reconstruction: Tensor = self.network(lowpass, highpass, cluster, level=level)
+        reconstruction: Tensor = self.network(lowpass, highpass, **state)
         return reconstruction
+
+
+def fill_up(values: Tensor, size: int) -> Tensor:
+    """Return (n,) values of n <= size images, the first repeated until there are `size`."""
+    return torch.cat([values, values[:1].expand(size - len(values))])
 
 
 def restore_unrolled(bundle: Bundle) -> UnrolledCsc:

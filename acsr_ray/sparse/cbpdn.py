@@ -89,11 +89,12 @@ class Cbpdn:
         self.config = config
         self._factors: dict[tuple[int, int, torch.dtype, torch.device], _Factor] = {}
 
-    def solve(self, highpass: Tensor) -> CbpdnResult:
+    def solve(self, highpass: Tensor, strength: Tensor | None = None) -> CbpdnResult:
         """Sparse-code a batch; differentiable in it.
 
         Args:
             highpass: (N, C, H, W), float32 or float64, with the atoms' C; computed in its dtype.
+            strength: (N,) factor on each image's lmbda; 1 when omitted.
 
         Raises:
             ValueError: wrong shape or channels.
@@ -105,20 +106,25 @@ class Cbpdn:
         # An image smaller than an atom gets zeros to the right and below, and loses them again.
         size = (max(height, support[0]), max(width, support[1]))
         signal = F.pad(highpass, (0, size[1] - width, 0, size[0] - height))
-        maps, reconstruction = self._iterate(signal, size)
+        maps, reconstruction = self._iterate(signal, size, strength)
         fidelity = 0.5 * (reconstruction - signal).square().sum((1, 2, 3))
-        objective = fidelity + self.config.lmbda * maps.abs().sum((1, 2, 3))
+        lmbda = self.config.lmbda * (1.0 if strength is None else strength)
+        objective = fidelity + lmbda * maps.abs().sum((1, 2, 3))
         return CbpdnResult(maps[..., :height, :width], reconstruction[..., :height, :width], objective)
 
-    def reconstruct(self, highpass: Tensor) -> Tensor:
+    def reconstruct(self, highpass: Tensor, strength: Tensor | None = None) -> Tensor:
         """Return only the reconstruction (N, C, H, W) of a batch; see `solve`."""
-        return self.solve(highpass).reconstruction
+        return self.solve(highpass, strength).reconstruction
 
-    def _iterate(self, signal: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def _iterate(
+        self, signal: Tensor, size: tuple[int, int], strength: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Run ADMM; maps live as (H, W, N, M), so that every frequency is one small matrix product."""
         factor = self._factor(size, signal)
         dft, relaxation = factor.dft, self.config.relaxation
-        threshold = self.config.lmbda / self.config.penalty
+        threshold: float | Tensor = self.config.lmbda / self.config.penalty
+        if strength is not None:
+            threshold = threshold * strength[:, None]
         signal_f = _joined(dft.forward(signal.permute(2, 3, 0, 1)))
         y = signal.new_zeros((*size, len(signal), len(self.atoms)))
         u = torch.zeros_like(y)

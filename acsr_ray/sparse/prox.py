@@ -7,8 +7,14 @@ ROUNDING = 32
 """Norms below so many units of rounding of the atom itself count as zero."""
 
 
-def soft_threshold(x: Tensor, threshold: float) -> Tensor:
-    """Return the prox of `threshold * ||x||_1`: shrink every entry towards 0 by the threshold."""
+def soft_threshold(x: Tensor, threshold: float | Tensor) -> Tensor:
+    """Return the prox of `threshold * ||x||_1`: shrink every entry towards 0 by the threshold >= 0.
+
+    A tensor of thresholds broadcasts, and gradients flow through it.
+    """
+    # One pass each way: x minus x clipped.
+    if isinstance(threshold, Tensor):
+        return x - torch.maximum(torch.minimum(x, threshold), -threshold)
     return x - x.clamp(-threshold, threshold)
 
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from acsr_ray.config import Described
 from acsr_ray.sparse.noise import noise_level
+from acsr_ray.sparse.prox import soft_threshold
 
 Sharing = Literal["global", "thresholds", "filters"]
 DEEPER_SUPPORT = 4
@@ -254,17 +255,12 @@ class _Member(nn.Module):
             update = _down(residual, down[layer], stride)
             if not layer:
                 update = self.step * update
-            above = soft(codes[layer] + update if codes else update, theta[layer])
+            above = soft_threshold(codes[layer] + update if codes else update, theta[layer])
             new.append(above)
         for layer in range(len(new) - 2, -1, -1):
             explained = _up(new[layer + 1], up[layer + 1], DEEPER_STRIDE)
-            new[layer] = soft(new[layer] + explained, theta[layer])
+            new[layer] = soft_threshold(new[layer] + explained, theta[layer])
         return new
-
-
-def soft(values: Tensor, theta: Tensor) -> Tensor:
-    """Return values shrunk towards 0 by theta >= 0, which broadcasts and may be trained."""
-    return values - torch.maximum(torch.minimum(values, theta), -theta)
 
 
 def spread_atoms(atoms: Tensor, count: int) -> Tensor:

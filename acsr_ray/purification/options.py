@@ -1,0 +1,27 @@
+"""What a user may ask of a purifier beyond its bundle: reconstruction, strength, number of clusters."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from acsr_ray.config import Described
+
+Reconstruction = Literal["cbpdn", "unrolled"]
+Strength = Annotated[float, Field(gt=0)] | Literal["auto"]
+
+
+class PurifyOptions(Described):
+    """How to purify with a bundle. The defaults are the bundle's own ways."""
+
+    reconstruction: Reconstruction | None = None
+    """`cbpdn`, the paper's, or `unrolled`, trained on attacks; None: the bundle's default."""
+    strength: Strength = 1.0
+    """Factor on lmbda (cbpdn) or on every threshold (unrolled): above 1 more is taken away. `auto`: one for
+    each image, by its noise level and the bundle's `auto_strength`."""
+    top_k: int = Field(1, ge=1)
+    """Reconstruct with so many nearest clusters and average; 1 is the paper. No effect on an unrolled network
+    that all clusters share."""
+
+    def changed(self) -> dict[str, Any]:
+        """Return the settings that are not the defaults, as JSON values: what a run's identity depends on."""
+        return self.model_dump(mode="json", exclude_defaults=True)
