@@ -50,6 +50,7 @@ from acsr_ray.evaluation.write_up import Calibration, write_results
 
 logger = logging.getLogger(__name__)
 
+TableName = Literal["1", "2", "3", "4", "4-128", "5", "adaptive", "graybox", "purifier", "purifier-b0"]
 CACHED = ("calibrations", "adversarial", "outcomes")
 REPORT_LIBRARIES = ("skimage.metrics", "matplotlib.figure")
 
@@ -59,7 +60,9 @@ class SweepAttacksSettings(JobSettings):
 
     grid: Path | None = None
     """YAML file of the grid. Give either this, or `table`, or `figure`."""
-    table: Literal["1", "2", "3", "4", "4-128", "5", "adaptive", "graybox"] | None = None
+    table: (
+        Literal["1", "2", "3", "4", "4-128", "5", "adaptive", "graybox", "purifier", "purifier-b0"] | None
+    ) = None
     """Preset: a table of the paper (4 at 64 pixels, 4-128 at 128), `adaptive` (by what the attacker knows),
     or `graybox` (all defences at equal clean accuracy)."""
     figure: Literal["2", "3", "4"] | None = None

@@ -79,8 +79,10 @@ def _bundle(request: BuildRequest) -> Bundle:
 
 
 def _purifier(request: BuildRequest) -> Purifier:
-    given = {name: request.parameters.get(name) for name in PurifyOptions.model_fields}
-    options = PurifyOptions.model_validate({k: value for k, value in given.items() if value is not None})
+    """Return the purifier as asked for; what asks about clusters asks about the paper's reconstruction."""
+    given = {"reconstruction": "cbpdn", **request.parameters}
+    wanted = {k: v for k, v in given.items() if k in PurifyOptions.model_fields and v is not None}
+    options = PurifyOptions.model_validate(wanted)
     return Purifier(_bundle(request), request.device, options)
 
 

@@ -88,12 +88,18 @@ def no_defense() -> SweepDefense:
     return SweepDefense(name="none", config=DefenseConfig(name="none"))
 
 
-def coded(name: str, artifact: str, title: str, lmbdas: Sequence[float]) -> list[SweepDefense]:
+def coded(
+    name: str,
+    artifact: str,
+    title: str,
+    lmbdas: Sequence[float],
+    **more: Any,  # noqa: ANN401
+) -> list[SweepDefense]:
     """Return a sparse-coding defence at several lambdas, as one family."""
     return [
         SweepDefense(
             name=f"{title} {lmbda:g}",
-            config=DefenseConfig(name=name, artifact=artifact, lmbda=lmbda),
+            config=DefenseConfig(name=name, artifact=artifact, lmbda=lmbda, **more),
             family=title,
         )
         for lmbda in lmbdas
@@ -137,8 +143,8 @@ def dictionary_of(data: str) -> str:
 
 
 def acsr(place: Place, data: str, lmbdas: Sequence[float] = (0.1,)) -> list[SweepDefense]:
-    """Return ACSR with the data set's bundle."""
-    return coded("acsr", place.bundle_of(data), "ACSR", lmbdas)
+    """Return ACSR as in the paper, with the data set's bundle."""
+    return coded("acsr", place.bundle_of(data), "ACSR", lmbdas, reconstruction="cbpdn")
 
 
 def size_caption(place: Place, *data: str, cw: bool = True) -> str:

@@ -54,7 +54,7 @@ def graybox(place: Place) -> Grid:
         ),
         defenses=(
             no_defense(),
-            *coded("acsr", bundle, "ACSR", more),
+            *coded("acsr", bundle, "ACSR", more, reconstruction="cbpdn"),
             *coded("stl", stl, "STL (one dictionary)", many),
             *coded("random_cluster", bundle, "random cluster", few),
             *coded("dct_atoms", bundle, "DCT atoms", few),
@@ -102,7 +102,7 @@ def adaptive(place: Place) -> Grid:
         ),
         defenses=(
             no_defense(),
-            *coded("acsr", bundle, "ACSR", (0.1,)),
+            *coded("acsr", bundle, "ACSR", (0.1,), reconstruction="cbpdn"),
             *coded("stl", stl, "STL (one dictionary)", (0.1,)),
             *coded("random_cluster", bundle, "random cluster", (0.1,)),
             *coded("dct_atoms", bundle, "DCT atoms", (0.1,)),

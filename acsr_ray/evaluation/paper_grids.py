@@ -224,7 +224,9 @@ def figure4(place: Place) -> Grid:
             *(
                 SweepDefense(
                     name=f"ACSR ({name})",
-                    config=DefenseConfig(name="acsr", artifact=place.bundle_of(name), lmbda=0.1),
+                    config=DefenseConfig(
+                        name="acsr", artifact=place.bundle_of(name), lmbda=0.1, reconstruction="cbpdn"
+                    ),
                     family="ACSR",
                     data=(name,),
                 )
