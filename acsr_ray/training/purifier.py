@@ -196,13 +196,13 @@ class PurifierObjective:
         divergence = F.kl_div(F.log_softmax(logits, 1), wanted, reduction="none", log_target=True).sum(1)
         pixel = (purified - images).abs().mean((1, 2, 3))
         loss = (config.pixel * pixel + config.consistency * divergence).mean()
-        clean = share == 0
-        if not clean.any():
-            return loss + 0 * multiplier
+        # Divided by the expected, not by the actual number of clean rows: the loss is then a mean over rows,
+        # the same however a batch is cut.
+        clean = (share == 0) / max(self.training.pairs.clean, 1 / len(images))
         drop = (wanted.argmax(1) == labels).float() - (logits.argmax(1) == labels).float()
-        excess = drop[clean].mean() - config.clean_drop
+        excess = (clean * (drop - config.clean_drop)).mean()
         # Descent for the weights, ascent for the multiplier.
-        return loss + multiplier.detach() * divergence[clean].mean() - multiplier * excess.detach()
+        return loss + multiplier.detach() * (clean * divergence).mean() - multiplier * excess.detach()
 
     def _clusters(self, images: Tensor) -> Tensor | None:
         if self.purifier is None:
