@@ -431,3 +431,32 @@ def test_a_training_is_told_from_another(make):
 def test_settings_out_of_range(kind, field, value):
     with pytest.raises(ValidationError, match=field):
         kind(**{field: value})
+
+
+def test_half_precision_is_close(make, unit_rows):
+    exact, half = (
+        losses(make(sharing="filters", optimizer={"precision": kind}), unit_rows)
+        for kind in ("float32", "bfloat16")
+    )
+    assert half == pytest.approx(exact, rel=0.1)
+    assert half != exact
+
+
+@pytest.fixture
+def process_group():
+    """A group of one process, enough for all that distributed training asks of a network."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_it_can_be_distributed(make, unit_rows, sharing, process_group):
+    training = make(sharing=sharing)
+    expected = losses(training, unit_rows)
+    model = training.build()
+    network = torch.nn.parallel.DistributedDataParallel(training.network(model))
+    stepper = Stepper(model, training.optimizer, 10, network)
+    objective = training.objective(model, network, ())
+    found = [loss.item() for _, loss in run(training, stepper, objective, unit_rows)]
+    assert found == pytest.approx(expected, rel=1e-5)
