@@ -243,6 +243,13 @@ def test_the_noise_level_is_measured_when_it_is_not_given(moved):
     assert torch.equal(network(lowpass, highpass), given_level)
 
 
+@pytest.mark.parametrize("low_band", ["passed", "coded"])
+def test_mid_grey_is_kept_by_any_weights(low_band, moved):
+    network = moved(_network(UnrolledConfig(stride=3, deeper=(4,), low_band=low_band)), 12)
+    grey = torch.full((1, 3, 13, 8), 0.5, dtype=torch.float64)
+    assert torch.equal(network(grey, 0 * grey), grey)
+
+
 def _shared(sharing, clusters=3):
     """Return settings and atoms of clusters with something of their own."""
     config = UnrolledConfig(iterations=2, stride=3, deeper=(4,), sharing=sharing)

@@ -185,6 +185,36 @@ def test_budgets_hold_and_losses_rise(digits, recipe):
     assert (rise > 0).float().mean() > 0.9
 
 
+def test_one_step_goes_along_the_sign_of_the_gradient(digits):
+    images, labels = digits.head(16)
+    config, share = PairConfig(relative_l2=0.03), torch.ones(16)
+    noise = draw(images)[1]
+    leaf = images.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(F.cross_entropy(digits.model(leaf), labels, reduction="sum"), leaf)
+    sign = gradient.sign()
+    size = (0.03 * images.flatten(1).norm(dim=1) / sign.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
+    expected = ((images + size * sign) * 255).round().clamp(0, 255) / 255
+    fgsm = Recipe(0, ATTACKS.index("fgsm"), False, 1)
+    attacked = attack_pairs(digits.model, images, labels, fgsm, share, noise, config)
+    # A step that ends half way between two levels may be rounded either way.
+    assert (attacked - expected).abs().max() < 1.5 / 255
+    assert (attacked == expected).float().mean() > 0.999
+
+
+@pytest.mark.parametrize(("name", "even"), [("fgsm", True), ("bim", True), ("pgd", False), ("cw", False)])
+def test_l2_attacks_with_and_without_the_sign(digits, name, even):
+    """Along the sign, all pixels go equally far; along the gradient, few go far."""
+    images, labels = digits.head(16)
+    recipe = Recipe(0, ATTACKS.index(name), False, 1)
+    config = PairConfig(relative_l2=0.08)
+    noise = torch.zeros_like(images)
+    attacked = attack_pairs(digits.model, images, labels, recipe, torch.ones(16), noise, config)
+    moved = (attacked - images).abs().flatten(1)
+    peak = moved.amax(1) / moved.square().mean(1).sqrt()
+    assert (peak < 1.5).all() == even
+    assert (peak > 2).all() != even
+
+
 def test_more_steps_fool_more(digits):
     images, labels = digits.head(100)
     config, noise = PairConfig(relative_l2=0.1), draw(images)[1]
