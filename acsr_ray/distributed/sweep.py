@@ -50,7 +50,20 @@ from acsr_ray.evaluation.write_up import Calibration, write_results
 
 logger = logging.getLogger(__name__)
 
-TableName = Literal["1", "2", "3", "4", "4-128", "5", "adaptive", "graybox", "purifier", "purifier-b0"]
+TableName = Literal[
+    "1",
+    "2",
+    "3",
+    "4",
+    "4-128",
+    "5",
+    "adaptive",
+    "graybox",
+    "purifier",
+    "purifier-b0",
+    "purifier-ablations",
+    "purifier-adaptive",
+]
 CACHED = ("calibrations", "adversarial", "outcomes")
 REPORT_LIBRARIES = ("skimage.metrics", "matplotlib.figure")
 
@@ -60,11 +73,11 @@ class SweepAttacksSettings(JobSettings):
 
     grid: Path | None = None
     """YAML file of the grid. Give either this, or `table`, or `figure`."""
-    table: (
-        Literal["1", "2", "3", "4", "4-128", "5", "adaptive", "graybox", "purifier", "purifier-b0"] | None
-    ) = None
+    table: TableName | None = None
     """Preset: a table of the paper (4 at 64 pixels, 4-128 at 128), `adaptive` (by what the attacker knows),
-    or `graybox` (all defences at equal clean accuracy)."""
+    `graybox` (all defences at equal clean accuracy); of the trained reconstruction, `purifier` (against cheap
+    defences on three targets), `purifier-b0` (at calibrated budgets), `purifier-ablations`, and
+    `purifier-adaptive` (attackers who know it)."""
     figure: Literal["2", "3", "4"] | None = None
     """Preset: a figure of the paper."""
     variant: Variant = "small"
@@ -159,7 +172,8 @@ def _check_attackable(grid: Grid) -> None:
         if attack.attack.is_torchattacks:
             resolve_options(attack.attack)
         for entry in grid.defenses:
-            if attack.adaptive and (attack.defenses is None or entry.name in attack.defenses):
+            met = attack.defenses is None or entry.name in attack.defenses
+            if (attack.adaptive and met) or entry.name == attack.through:
                 check_attackable(attack, defense_of(entry.config, "cpu"))
 
 
@@ -275,7 +289,7 @@ def _run_plan(runner: UnitRunner, plan: Plan, sets: Sequence[EvaluationSet]) -> 
 
 def _expected_cost(entry: SweepAttack) -> int:
     steps = entry.attack.queries if entry.attack.name == "square" else entry.attack.num_steps
-    return steps * (20 if entry.adaptive else 1) * entry.eot_samples
+    return steps * (20 if entry.adaptive or entry.through else 1) * entry.eot_samples
 
 
 def _prepare(threads: int) -> None:
