@@ -54,6 +54,8 @@ class TrainPurifierSettings(TrainSettings):
     """What to minimise."""
     optimizer: AdamConfig = AdamConfig()
     """Schedule and optimiser."""
+    half_precision: bool = True
+    """Store weights and whitenings of the new bundle in half precision, in half the space."""
     seed: int = 0
     """Fixes initialisation, shuffling, augmentation and attacks."""
 
@@ -111,7 +113,7 @@ def train_purifier(settings: TrainPurifierSettings) -> dict[str, Any]:
             "metrics": metrics,
         },
     }
-    save_bundle(settings.output, bundle, content)
+    save_bundle(settings.output, bundle, content, half=settings.half_precision)
     return {**metrics, "output": str(settings.output)}
 
 

@@ -78,7 +78,7 @@ def purifier_calibrated(place: Place) -> Grid:
 
 
 def ablations(place: Place) -> Grid:
-    """What each part of the trained reconstruction is worth: one setting changed at a time, equal training."""
+    """What each part of the trained reconstruction is worth: one setting changed at a time."""
     data = "cifar10"
     return Grid(
         title="Ablations of the trained reconstruction, CIFAR-10",
