@@ -105,6 +105,10 @@ def test_the_console_script_runs_jobs(name, monkeypatch, capsys):
 MISSING = {
     "make_bundle": (["--recipe", "/nowhere.yaml"], "/nowhere.yaml does not exist"),
     "train_target": (["--train", "/nowhere"], "/nowhere does not exist"),
+    "finetune_target": (
+        ["--train", "/nowhere", "--validation", "/nowhere", "--target", "/nowhere/t"],
+        "cannot fine-tune '/nowhere/t'",
+    ),
     "sweep_attacks": (["--grid", "/nowhere.yaml"], "/nowhere.yaml is not readable YAML"),
     "train_defense": (["--kind", "magnet", "--train", "/nowhere"], "/nowhere does not exist"),
     "prepare_corpus": (["--dataset", "cifar10", "--source", "/nowhere"], "source /nowhere does not exist"),
