@@ -52,7 +52,7 @@ class AutoStrength(Described):
     """
 
     reference: float = Field(0.018, gt=0)
-    """Noise level on the [0, 1] pixel scale at which the strength is 1: the median of clean CIFAR-10 images."""
+    """Noise level on the [0, 1] pixel scale where the strength is 1: the median of clean CIFAR-10 images."""
     slope: float = Field(0.5, ge=0)
     """Change of the strength when the level changes by the reference."""
     low: float = Field(0.5, gt=0)
