@@ -1,6 +1,7 @@
 """The job that trains a bundle's unrolled reconstruction: bundle + shards + surrogates -> bundle."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,8 +47,9 @@ class TrainPurifierSettings(TrainSettings):
     """The unrolled network."""
     atoms: int = Field(64, ge=1)
     """Atoms of its first layer."""
-    init: Literal["dictionary", "random"] = "dictionary"
-    """What the first layer starts from; `random` is the control."""
+    init: Literal["dictionary", "random"] | Path = "dictionary"
+    """What the network starts from: the bundle's dictionaries, random atoms (the control), or the folder of a
+    bundle with a trained network of the same shape."""
     pairs: PairConfig = PairConfig()
     """Attacked images to train on."""
     loss: LossConfig = LossConfig()
@@ -55,7 +57,7 @@ class TrainPurifierSettings(TrainSettings):
     optimizer: AdamConfig = AdamConfig()
     """Schedule and optimiser."""
     half_precision: bool = True
-    """Store weights and whitenings of the new bundle in half precision, in half the space."""
+    """Store the network in half precision, in half the space; the rest stays as it is in the old bundle."""
     seed: int = 0
     """Fixes initialisation, shuffling, augmentation and attacks."""
 
@@ -64,13 +66,14 @@ def train_purifier(settings: TrainPurifierSettings) -> dict[str, Any]:
     """Train the reconstruction, save the bundle with it and return its closing metrics.
 
     Raises:
-        ArtifactError: no such bundle, or its folder is also the output.
+        ArtifactError: no such bundle, or its folder is also the output; another network to start from.
         TargetError: a surrogate that cannot be loaded.
     """
     directory = find_bundle(settings.bundle)
     if directory == settings.output.resolve():
         raise ArtifactError(f"{settings.output} is the bundle to start from; choose another --output")
     load_bundle(directory)
+    start = _start(settings)
     surrogates = tuple(
         SurrogateConfig(location=_absolute(location), digest=load_target(location).digest)
         for location in settings.surrogates
@@ -83,7 +86,8 @@ def train_purifier(settings: TrainPurifierSettings) -> dict[str, Any]:
         image_size=settings.image_size,
         network_config=settings.network,
         atoms=settings.atoms,
-        init=settings.init,
+        init=str(settings.init) if start is None else str(start),
+        init_digest=None if start is None else bundle_digest(start),
         pairs=settings.pairs,
         loss=settings.loss,
         optimizer=settings.optimizer,
@@ -99,6 +103,9 @@ def train_purifier(settings: TrainPurifierSettings) -> dict[str, Any]:
         settings=settings.ray,
     )
     bundle = training.trained(trained.weights)
+    if settings.half_precision:
+        stored = {name: tensor.half() for name, tensor in bundle.reconstruction.items()}
+        bundle = replace(bundle, reconstruction=stored)
     if settings.name is not None:
         bundle = bundle.renamed(settings.name)
     metrics = {"train_images": shards.num_rows, **trained.metrics}
@@ -113,8 +120,18 @@ def train_purifier(settings: TrainPurifierSettings) -> dict[str, Any]:
             "metrics": metrics,
         },
     }
-    save_bundle(settings.output, bundle, content, half=settings.half_precision)
+    save_bundle(settings.output, bundle, content)
     return {**metrics, "output": str(settings.output)}
+
+
+def _start(settings: TrainPurifierSettings) -> Path | None:
+    """Return the folder of the bundle whose network is the start; None where there is none."""
+    if isinstance(settings.init, str):
+        return None
+    found = load_bundle(settings.init).config.unrolled
+    if found != settings.network:
+        raise ArtifactError(f"{settings.init} has the network {found}, not the one that is to be trained")
+    return find_bundle(settings.init)
 
 
 def _provenance(directory: Path) -> dict[str, Any]:
