@@ -26,6 +26,7 @@ JOBS = (
     "make_bundle",
     "train_purifier",
     "train_target",
+    "calibrate_doubt",
     "train_defense",
     "compare_encoders",
     "compare_attacks",
