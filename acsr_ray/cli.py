@@ -33,6 +33,7 @@ ENTRY_POINTS: Mapping[str, tuple[str, str, str]] = {
         "FinetuneTargetSettings",
         "finetune_target",
     ),
+    "calibrate_doubt": ("acsr_ray.distributed.doubt", "CalibrateDoubtSettings", "calibrate_doubt"),
     "train_defense": ("acsr_ray.training.defense", "TrainDefenseSettings", "train_defense"),
     "compare_encoders": ("acsr_ray.distributed.encoders", "CompareEncodersSettings", "compare_encoders"),
     "compare_attacks": ("acsr_ray.evaluation.parity", "CompareAttacksSettings", "compare_attacks"),

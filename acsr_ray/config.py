@@ -27,6 +27,7 @@ JOBS = (
     "train_purifier",
     "train_target",
     "finetune_target",
+    "calibrate_doubt",
     "train_defense",
     "compare_encoders",
     "compare_attacks",

@@ -11,7 +11,7 @@ from acsr_ray.artifacts import MANIFEST, ArtifactError, json_digest
 from acsr_ray.distributed.latents import TRAINING_DATA
 from acsr_ray.distributed.trainer import run_training
 from acsr_ray.distributed.training import TrainSettings
-from acsr_ray.models.targets import load_target
+from acsr_ray.models.targets import absolute_location, load_target
 from acsr_ray.purification.bundle import (
     DEFAULT_BUNDLE,
     bundle_digest,
@@ -75,7 +75,7 @@ def train_purifier(settings: TrainPurifierSettings) -> dict[str, Any]:
     load_bundle(directory)
     start = _start(settings)
     surrogates = tuple(
-        SurrogateConfig(location=_absolute(location), digest=load_target(location).digest)
+        SurrogateConfig(location=absolute_location(location), digest=load_target(location).digest)
         for location in settings.surrogates
     )
     shards = plan_training(settings.train, settings.optimizer.lanes)
@@ -139,9 +139,3 @@ def _provenance(directory: Path) -> dict[str, Any]:
     manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_bytes())
     written = ("schema_version", "kind", "package_version", "algorithm_version", "bundle", "files")
     return {name: value for name, value in manifest.items() if name not in written}
-
-
-def _absolute(location: str) -> str:
-    """Return a location that workers in other folders find too."""
-    path = Path(location)
-    return str(path.resolve()) if path.exists() else location

@@ -140,7 +140,7 @@ def sweep_attacks(settings: SweepAttacksSettings) -> dict[str, Any]:
         _run_plan(runner, plan, sets)
     write_json(settings.output / "grid.json", grid.describe())
     results = collect(plan, sets, runner.cache)
-    atomic_write(settings.output / "results.parquet", _parquet(results.table))
+    atomic_write(settings.output / "results.parquet", parquet_bytes(results.table))
     written = write_results(grid, sets, results, runner.cache, settings.output, calibrations)
     return {
         "units": len(plan.attacks) + len({unit.fingerprint for unit in plan.defends}),
@@ -326,7 +326,7 @@ def _attack_task(
 ) -> bytes:
     _prepare(threads)
     table = attack_unit(chunk.head(count), entry, crafted_on, defense, seed=seed, device=device)
-    return _parquet(table)
+    return parquet_bytes(table)
 
 
 def _defend_task(
@@ -340,10 +340,11 @@ def _defend_task(
 ) -> bytes:
     _prepare(threads)
     table = None if attacked is None else pq.read_table(attacked)
-    return _parquet(defend_unit(chunk.head(count), table, target, defense, device=device))
+    return parquet_bytes(defend_unit(chunk.head(count), table, target, defense, device=device))
 
 
-def _parquet(table: pa.Table) -> bytes:
+def parquet_bytes(table: pa.Table) -> bytes:
+    """Return a table as the bytes of a Parquet file."""
     sink = io.BytesIO()
     pq.write_table(table, sink)
     return sink.getvalue()

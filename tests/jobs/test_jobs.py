@@ -121,6 +121,7 @@ MISSING = {
         "no semantics at /nowhere/s",
     ),
     "compare_attacks": (["--target", "/nowhere", "--test", "/nowhere"], "/nowhere does not exist"),
+    "calibrate_doubt": (["--validation", "/nowhere"], "/nowhere does not exist"),
     "train_baseline": (["--train", "/nowhere/a.parquet"], "/nowhere/a.parquet does not exist"),
     "learn_semantics": (["--train", "/nowhere", "--baseline", "/nowhere/b"], "no baseline at /nowhere/b"),
     "train_robust": (
