@@ -37,8 +37,8 @@ from acsr_ray.training.pairs import PairConfig, Recipe, attack_pairs, draw_pairs
 EVALUATION_IMAGES = 500
 MULTIPLIER_RATE = 2.0
 """How much faster than a weight the multiplier's parameter moves."""
-MULTIPLIER_RANGE = (0.01, 100.0)
-"""The multiplier starts at their geometric mean."""
+MULTIPLIER_RANGE = (0.2, 5.0)
+"""The multiplier starts at their geometric mean. Wider, a bound that cannot be met yet would drown the rest."""
 
 
 class SurrogateConfig(Described):
