@@ -25,6 +25,9 @@ from acsr_ray.training.pairs import PairConfig
 from acsr_ray.training.purifier import LossConfig, PurifierTraining, SurrogateConfig
 from acsr_ray.training.shards import plan_training
 
+RECONSTRUCTION = "reconstruction"
+"""Section of a bundle's manifest that records how its network was trained."""
+
 
 class TrainPurifierSettings(TrainSettings):
     """Train the unrolled reconstruction of a bundle on attacks of surrogates; write the bundle with it.
@@ -111,9 +114,10 @@ def train_purifier(settings: TrainPurifierSettings) -> dict[str, Any]:
     metrics = {"train_images": shards.num_rows, **trained.metrics}
     content = {
         **_provenance(directory),
-        "reconstruction": {
+        RECONSTRUCTION: {
             TRAINING_DATA: json_digest(sorted({unit.content for unit in shards.units})),
             "bundle_digest": training.bundle_digest,
+            "init_digest": training.init_digest,
             "surrogates": [entry.digest for entry in surrogates],
             # A digest, because a bundle travels and paths of the machine that made it do not.
             "settings_digest": json_digest(settings.deciding()),

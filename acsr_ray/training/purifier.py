@@ -38,7 +38,7 @@ EVALUATION_IMAGES = 500
 MULTIPLIER_RATE = 2.0
 """How much faster than a weight the multiplier's parameter moves."""
 MULTIPLIER_RANGE = (0.2, 5.0)
-"""The multiplier starts at their geometric mean. Wider, a bound that cannot be met yet would drown the rest."""
+"""The multiplier starts at their geometric mean. A bound that cannot be met yet must not drown the rest."""
 
 
 class SurrogateConfig(Described):
