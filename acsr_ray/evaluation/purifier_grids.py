@@ -1,6 +1,7 @@
 """Grids that ask what the trained reconstruction buys, and what its parts are worth."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from acsr_ray.attacks.spec import AttackConfig
 from acsr_ray.evaluation.defenses import DefenseConfig
@@ -43,6 +44,24 @@ def purifier(place: Place) -> Grid:
             *cheap(),
         ),
         chunk=100,
+        clean_loss=CLEAN_LOSS,
+        choose=True,
+        reference=UNROLLED,
+    )
+
+
+def purifier_imagenet(place: Place) -> Grid:
+    """The trained reconstruction on photos of 64 pixels, one unseen target."""
+    data = "imagenet10-64"
+    return Grid(
+        title="What the trained reconstruction buys, ImageNet-10 at 64 pixels",
+        caption=size_caption(place, data, cw=False)
+        + "The attacker sees the bare target only. BIM of 20 steps, CW with c = 1 and 50 steps as it comes.",
+        data=(evaluation_data(data, place, 500, 500),),
+        targets=(sweep_target(place, data, "vgg16", "VGG-16"),),
+        attacks=(*weak_and_strong(), apgd(8)),
+        defenses=(no_defense(), *unrolled(place.bundle_of(data), (0.5, 1.0, 1.5, 2.0)), *cheap()),
+        chunk=50,
         clean_loss=CLEAN_LOSS,
         choose=True,
         reference=UNROLLED,
@@ -103,10 +122,28 @@ def ablations(place: Place) -> Grid:
                 )
                 for name in ABLATIONS
             ),
+            *_decisions(place.bundle_of(data)),
         ),
         chunk=100,
         reference=REFERENCE,
     )
+
+
+def _decisions(bundle: str) -> list[SweepDefense]:
+    """Return the packaged bundle's reconstructions with strength by noise, and with several clusters."""
+    settings: dict[str, dict[str, Any]] = {
+        "packaged": {"reconstruction": "unrolled"},
+        "packaged, auto": {"reconstruction": "unrolled", "strength": "auto"},
+        "CBPDN": {"reconstruction": "cbpdn"},
+        "CBPDN, auto": {"reconstruction": "cbpdn", "strength": "auto"},
+        "CBPDN, 3 clusters": {"reconstruction": "cbpdn", "top_k": 3},
+    }
+    return [
+        SweepDefense(
+            name=name, config=DefenseConfig.model_validate({"name": "acsr", "artifact": bundle, **setting})
+        )
+        for name, setting in settings.items()
+    ]
 
 
 def purifier_adaptive(place: Place) -> Grid:
