@@ -63,7 +63,7 @@ class PurifyCorpusSettings(JobSettings):
     reconstruction: Reconstruction | None = None
     """`cbpdn`, the paper's, or `unrolled`, trained on attacks; None: the bundle's default."""
     strength: Strength = 1.0
-    """Factor on what is taken away (lmbda, or the unrolled thresholds), or `auto`, by each image's noise."""
+    """How much is taken away, 1 being the bundle's own, or `auto`, by each image's noise."""
     top_k: int = Field(1, ge=1)
     """Reconstruct with so many nearest clusters and average."""
     limit: int | None = Field(None, ge=1)

@@ -39,7 +39,7 @@ def purifier(place: Place) -> Grid:
         attacks=(*weak_and_strong(), apgd(8)),
         defenses=(
             no_defense(),
-            *unrolled(place.bundle_of(data), (0.5, 1.0, 1.5, 2.0)),
+            *unrolled(place.bundle_of(data), (0.6, 0.8, 1.0, 1.4)),
             *coded("acsr", place.bundle_of(data), "ACSR CBPDN", (0.1,), reconstruction="cbpdn"),
             *cheap(),
         ),
@@ -60,7 +60,7 @@ def purifier_imagenet(place: Place) -> Grid:
         data=(evaluation_data(data, place, 500, 500),),
         targets=(sweep_target(place, data, "vgg16", "VGG-16"),),
         attacks=(*weak_and_strong(), apgd(8)),
-        defenses=(no_defense(), *unrolled(place.bundle_of(data), (0.5, 1.0, 1.5, 2.0)), *cheap()),
+        defenses=(no_defense(), *unrolled(place.bundle_of(data), (0.6, 0.8, 1.0, 1.4)), *cheap()),
         chunk=50,
         clean_loss=CLEAN_LOSS,
         choose=True,
