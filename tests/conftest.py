@@ -3,7 +3,7 @@
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,13 @@ from acsr_ray.clustering.gaussians import fit_gaussians
 from acsr_ray.models.classifier import EncoderConfig, encode, restore_encoder
 from acsr_ray.models.targets import TargetConfig, build_target, save_target
 from acsr_ray.models.wide_resnet import build_wide_resnet
-from acsr_ray.purification.bundle import Bundle, BundleConfig, bundle_digest, save_bundle
+from acsr_ray.purification.bundle import Bundle, BundleConfig, bundle_digest, load_bundle, save_bundle
 from acsr_ray.purification.doubt import FEATURES, DoubtModel, Logistic, save_doubt
 from acsr_ray.purification.judge import OWN_CLASSES
 from acsr_ray.purification.options import PurifyOptions
 from acsr_ray.sparse.cbpdn import CbpdnConfig
 from acsr_ray.sparse.prox import project_atoms
+from acsr_ray.sparse.unrolled import UnrolledConfig, UnrolledCsc, spread_atoms
 
 torch.set_num_threads(1)
 
@@ -120,6 +121,46 @@ def build_tiny_bundle(directory: Path, **config: Any) -> Path:
     return directory
 
 
+def move_weights(network: nn.Module, seed: int, size: float = 0.1) -> nn.Module:
+    """Move every parameter at random, as training would, so that none is zero or like another."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += size * torch.randn(parameter.shape, generator=generator).to(parameter)
+    return network
+
+
+def build_unrolled_bundle(
+    directory: Path,
+    sharing: str = "global",
+    *,
+    reconstruction: str = "unrolled",
+    network: UnrolledConfig | None = None,
+    **config: Any,
+) -> Path:
+    """Save the tiny bundle with an unrolled network of random weights near their start.
+
+    Args:
+        directory: where.
+        sharing: what its clusters have of their own.
+        reconstruction: the bundle's default.
+        network: other settings of the network, of whatever sharing.
+        config: as for `build_tiny_bundle`.
+    """
+    bundle = load_bundle(build_tiny_bundle(directory, **config))
+    shape = (network or UnrolledConfig(iterations=2, stride=3, deeper=(6,))).model_dump()
+    settings = UnrolledConfig(**{**shape, "sharing": sharing})
+    atoms = bundle.atoms if sharing == "filters" else spread_atoms(bundle.atoms, 12)[None]
+    generator = torch.Generator().manual_seed(7)
+    # Thresholds low enough for every layer to have codes on the tests' images.
+    unrolled = UnrolledCsc(atoms, settings, len(bundle.atoms), 0.01, generator)
+    weights = move_weights(unrolled, seed=8, size=0.05).state_dict()
+    update = {"reconstruction": reconstruction, "unrolled": settings}
+    changed = replace(bundle, config=bundle.config.model_copy(update=update), reconstruction=weights)
+    save_bundle(directory, changed, {"origin": "tests"})
+    return directory
+
+
 @pytest.fixture(scope="session")
 def smooth_pixels() -> Callable[..., np.ndarray]:
     return draw_smooth
@@ -196,6 +237,22 @@ def tiny_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("target") / "tiny"
     save_target(directory, model, config, CLASS_NAMES, {"origin": "tests"})
     return directory
+
+
+@pytest.fixture(scope="session")
+def make_unrolled_bundle() -> Callable[..., Path]:
+    return build_unrolled_bundle
+
+
+@pytest.fixture(scope="session")
+def moved() -> Callable[..., nn.Module]:
+    return move_weights
+
+
+@pytest.fixture(scope="session")
+def unrolled_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle whose default is a network that all clusters share."""
+    return build_unrolled_bundle(tmp_path_factory.mktemp("bundle") / "unrolled")
 
 
 @pytest.fixture(scope="session")

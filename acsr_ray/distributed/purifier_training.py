@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from acsr_ray.artifacts import MANIFEST, ArtifactError, json_digest
+from acsr_ray.config import ConfigError
 from acsr_ray.distributed.latents import TRAINING_DATA
 from acsr_ray.distributed.trainer import run_training
 from acsr_ray.distributed.training import TrainSettings
@@ -71,6 +72,7 @@ def train_purifier(settings: TrainPurifierSettings) -> dict[str, Any]:
     Raises:
         ArtifactError: no such bundle, or its folder is also the output; another network to start from.
         TargetError: a surrogate that cannot be loaded.
+        ConfigError: a network that does not fit the bundle's atoms.
     """
     directory = find_bundle(settings.bundle)
     if directory == settings.output.resolve():
@@ -81,7 +83,6 @@ def train_purifier(settings: TrainPurifierSettings) -> dict[str, Any]:
         SurrogateConfig(location=absolute_location(location), digest=load_target(location).digest)
         for location in settings.surrogates
     )
-    shards = plan_training(settings.train, settings.optimizer.lanes)
     training = PurifierTraining(
         bundle=str(directory),
         bundle_digest=bundle_digest(directory),
@@ -96,6 +97,12 @@ def train_purifier(settings: TrainPurifierSettings) -> dict[str, Any]:
         optimizer=settings.optimizer,
         seed=settings.seed,
     )
+    try:
+        # What cannot be built should fail before a large corpus is read.
+        training.build()
+    except ValueError as error:
+        raise ConfigError(f"the network does not fit bundle {settings.bundle}: {error}") from error
+    shards = plan_training(settings.train, settings.optimizer.lanes)
     trained = run_training(
         training,
         shards,

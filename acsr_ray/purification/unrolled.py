@@ -18,7 +18,7 @@ MICRO_BATCH = {"cpu": 8, "cuda": 256}
 on its neighbours."""
 SMALL_PIXELS = 128 * 128
 KEPT_SIDE = 256
-"""Side of what a tile keeps; its halo is as wide as the network reaches."""
+"""Side of what a tile keeps, rounded up to the grid; its halo is as wide as the network reaches."""
 
 
 class UnrolledReconstruction(nn.Module):
@@ -87,7 +87,9 @@ class UnrolledReconstruction(nn.Module):
             strength=fill_up(factor, size),
         )
         halo = self.config.reach(self.network.support)
-        return map_tiles(function, padded, tile=KEPT_SIDE + 2 * halo, halo=halo)[: len(bands)]
+        # All three on the grid, so that every tile begins at a cell of the whole image.
+        kept = -(-KEPT_SIDE // self.config.grid) * self.config.grid
+        return map_tiles(function, padded, tile=kept + 2 * halo, halo=halo)[: len(bands)]
 
     def _bands(self, bands: Tensor, **state: Tensor) -> Tensor:
         lowpass, highpass = bands.chunk(2, 1)

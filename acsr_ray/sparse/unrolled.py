@@ -160,7 +160,9 @@ class UnrolledCsc(nn.Module):
         if cluster is None or self.config.sharing != "filters":
             return self.members[0](lowpass, highpass, cluster, level, strength)
         parts, positions = [], []
-        for position in cluster.unique().tolist():
+        # In training every set takes part, if only without rows: distributed training needs all gradients.
+        sets = range(len(self.members)) if self.training else cluster.unique().tolist()
+        for position in sets:
             rows = (cluster == position).nonzero()[:, 0]
             parts.append(
                 self.members[position](lowpass[rows], highpass[rows], None, level[rows], strength[rows])

@@ -202,7 +202,7 @@ class PurifierObjective:
         loss = (config.pixel * pixel + config.consistency * divergence).mean()
         # Divided by the expected, not by the actual number of clean rows: the loss is then a mean over rows,
         # the same however a batch is cut.
-        clean = (share == 0) / max(self.training.pairs.clean, 1 / len(images))
+        clean = (share == 0) / max(self.training.pairs.clean, 1 / self.training.optimizer.batch_size)
         drop = (wanted.argmax(1) == labels).float() - (logits.argmax(1) == labels).float()
         excess = (clean * (drop - config.clean_drop)).mean()
         # Descent for the weights, ascent for the multiplier.

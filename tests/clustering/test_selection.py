@@ -6,7 +6,7 @@ import torch
 from scipy.stats import multivariate_normal
 
 from acsr_ray.clustering.gaussians import fit_gaussians, squared_mahalanobis
-from acsr_ray.clustering.selection import RULES, select_cluster
+from acsr_ray.clustering.selection import RULES, Selection, select_cluster
 
 LENGTH = 16
 
@@ -86,3 +86,46 @@ def test_clusters_of_all_classes_compete():
     for rule in RULES:
         index = select_cluster(torch.from_numpy(latents), gaussians, rule).index
         np.testing.assert_array_equal(index.numpy(), which)
+
+
+@pytest.fixture(scope="module")
+def seven():
+    """Seven Gaussians of different widths, and latents among them."""
+    rng = np.random.default_rng(3)
+    which = np.repeat(np.arange(7), 60)
+    spread = (1 + which[:, None] % 3) * rng.standard_normal((420, 5))
+    latents = 3 * rng.standard_normal((7, 5))[which] + spread
+    return fit_gaussians(latents, np.zeros(420, int), which), torch.from_numpy(latents[::9].copy())
+
+
+@pytest.mark.parametrize("rule", ["mahalanobis", "gaussian_loglik"])
+@pytest.mark.parametrize("top_k", [2, 3, 7])
+def test_the_best_clusters_come_in_order(seven, rule, top_k):
+    gaussians, latents = seven
+    squared = squared_mahalanobis(latents, gaussians)
+    score = squared + gaussians.log_det if rule == "gaussian_loglik" else squared
+    chosen = select_cluster(latents, gaussians, rule, top_k)
+    for row, nearest in enumerate(chosen.candidates.tolist()):
+        assert nearest == sorted(range(7), key=lambda k, row=row: score[row, k].item())[:top_k]
+    alone = select_cluster(latents, gaussians, rule)
+    assert torch.equal(chosen.index, alone.index)
+    assert torch.equal(chosen.candidates[:, 0], alone.index)
+    assert torch.equal(chosen.distance, alone.distance)
+
+
+def test_one_cluster_is_its_only_candidate(seven):
+    gaussians, latents = seven
+    chosen = select_cluster(latents, gaussians, "mahalanobis")
+    assert chosen.nearest is None
+    assert torch.equal(chosen.candidates, chosen.index[:, None])
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_rows_of_a_selection(seven, top_k):
+    gaussians, latents = seven
+    chosen = select_cluster(latents, gaussians, "mahalanobis", top_k)
+    part = chosen.rows(slice(2, 5))
+    assert isinstance(part, Selection)
+    assert torch.equal(part.index, chosen.index[2:5])
+    assert torch.equal(part.distance, chosen.distance[2:5])
+    assert torch.equal(part.candidates, chosen.candidates[2:5])

@@ -104,6 +104,7 @@ def test_the_console_script_runs_jobs(name, monkeypatch, capsys):
 # job -> (options whose inputs are missing, what the message must say)
 MISSING = {
     "make_bundle": (["--recipe", "/nowhere.yaml"], "/nowhere.yaml does not exist"),
+    "train_purifier": (["--train", "/nowhere", "--surrogates", "/nowhere/t"], "no target '/nowhere/t'"),
     "train_target": (["--train", "/nowhere"], "/nowhere does not exist"),
     "train_purifier": (
         ["--train", "/nowhere", "--surrogates", "/nowhere/t", "--bundle", "no-such-bundle"],

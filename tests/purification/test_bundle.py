@@ -14,6 +14,8 @@ from acsr_ray.purification.bundle import (
     CLUSTERS,
     DICTIONARIES,
     ENCODER,
+    RECONSTRUCTION,
+    AutoStrength,
     Bundle,
     BundleConfig,
     bundle_digest,
@@ -21,6 +23,7 @@ from acsr_ray.purification.bundle import (
     load_bundle,
     save_bundle,
 )
+from acsr_ray.purification.options import PurifyOptions
 from acsr_ray.purification.purifier import Purifier
 from acsr_ray.sparse.cbpdn import CbpdnConfig
 from acsr_ray.sparse.tikhonov import TikhonovConfig
@@ -31,8 +34,10 @@ def copied(tiny_bundle, tmp_path):
     return shutil.copytree(tiny_bundle, tmp_path / "copy")
 
 
-def test_round_trip(tiny_bundle, tmp_path):
-    bundle = load_bundle(tiny_bundle)
+@pytest.mark.parametrize("kind", ["tiny", "unrolled"])
+def test_round_trip(kind, tiny_bundle, unrolled_bundle, tmp_path):
+    saved = {"tiny": tiny_bundle, "unrolled": unrolled_bundle}[kind]
+    bundle = load_bundle(saved)
     save_bundle(tmp_path / "again", bundle, {"origin": "tests"})
     again = load_bundle(tmp_path / "again")
     assert again.config == bundle.config
@@ -42,7 +47,11 @@ def test_round_trip(tiny_bundle, tmp_path):
     assert torch.equal(again.atoms, bundle.atoms)
     for name, tensor in vars(bundle.gaussians).items():
         assert torch.equal(getattr(again.gaussians, name), tensor), name
-    assert bundle_digest(tmp_path / "again") == bundle_digest(tiny_bundle)
+    assert bool(bundle.reconstruction) == (kind == "unrolled")
+    assert again.reconstruction.keys() == bundle.reconstruction.keys()
+    for name, tensor in bundle.reconstruction.items():
+        assert torch.equal(again.reconstruction[name], tensor), name
+    assert bundle_digest(tmp_path / "again") == bundle_digest(saved)
 
 
 def test_float64_arrays_survive_up_to_float32(tiny_bundle, tmp_path):
@@ -190,3 +199,105 @@ def test_a_manifest_without_settings_is_refused(copied):
     path.write_text(json.dumps(manifest))
     with pytest.raises(ArtifactError, match="settings"):
         load_bundle(copied)
+
+
+@pytest.fixture
+def learnt(unrolled_bundle, tmp_path):
+    return shutil.copytree(unrolled_bundle, tmp_path / "learnt")
+
+
+def test_a_bundle_without_a_network_has_no_file_for_it(tiny_bundle, unrolled_bundle):
+    assert not (tiny_bundle / RECONSTRUCTION).exists()
+    assert RECONSTRUCTION in load_artifact(unrolled_bundle, "bundle")["files"]
+
+
+@pytest.mark.parametrize("where", [0.0, 0.5, 1.0])
+def test_a_network_that_was_changed_is_refused(learnt, where):
+    data = bytearray((learnt / RECONSTRUCTION).read_bytes())
+    data[int(where * (len(data) - 1))] ^= 1
+    (learnt / RECONSTRUCTION).write_bytes(data)
+    with pytest.raises(ArtifactError, match="was changed"):
+        load_bundle(learnt)
+
+
+def test_a_network_that_is_missing_is_refused(learnt):
+    (learnt / RECONSTRUCTION).unlink()
+    with pytest.raises(ArtifactError, match="is missing"):
+        load_bundle(learnt)
+
+
+def test_a_network_that_the_manifest_does_not_vouch_for_is_refused(learnt):
+    path = learnt / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["files"][RECONSTRUCTION]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match=r"reconstruction\.safetensors"):
+        load_bundle(learnt)
+
+
+def test_settings_and_weights_of_a_network_belong_together(tiny_bundle, unrolled_bundle):
+    plain, unrolled = load_bundle(tiny_bundle), load_bundle(unrolled_bundle)
+    with pytest.raises(ArtifactError, match="both its settings and its weights"):
+        replace(plain, reconstruction=unrolled.reconstruction)
+    with pytest.raises(ArtifactError, match="both its settings and its weights"):
+        replace(unrolled, reconstruction={})
+
+
+def test_a_default_that_is_not_there_is_refused(tiny_bundle, copied):
+    fields = load_bundle(tiny_bundle).config.describe()
+    with pytest.raises(ValidationError, match="no unrolled reconstruction"):
+        BundleConfig.from_description({**fields, "reconstruction": "unrolled"})
+    path = copied / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["bundle"]["reconstruction"] = "unrolled"
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match="no unrolled reconstruction"):
+        load_bundle(copied)
+
+
+def test_settings_from_before_the_network_still_load(copied, tiny_bundle):
+    path = copied / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for name in ("reconstruction", "unrolled", "auto_strength"):
+        del manifest["bundle"][name]
+    path.write_text(json.dumps(manifest))
+    assert load_bundle(copied).config == load_bundle(tiny_bundle).config
+
+
+def test_the_settings_of_the_network_are_in_the_digest(make_unrolled_bundle, unrolled_bundle, tmp_path):
+    make_unrolled_bundle(tmp_path / "same")
+    make_unrolled_bundle(tmp_path / "other", reconstruction="cbpdn")
+    make_unrolled_bundle(tmp_path / "auto", auto_strength=AutoStrength(slope=0.7))
+    digests = [bundle_digest(tmp_path / name) for name in ("same", "other", "auto")]
+    assert digests[0] == bundle_digest(unrolled_bundle)
+    assert len(set(digests)) == 3
+
+
+def test_a_bundle_can_be_asked_for_either_reconstruction(tiny_bundle, unrolled_bundle):
+    plain, unrolled = load_bundle(tiny_bundle), load_bundle(unrolled_bundle)
+    assert unrolled.with_reconstruction(None) == unrolled
+    assert unrolled.with_reconstruction("unrolled").config == unrolled.config
+    assert unrolled.with_reconstruction("cbpdn").config.reconstruction == "cbpdn"
+    assert plain.with_reconstruction("cbpdn").config == plain.config
+    with pytest.raises(ArtifactError, match="tiny has no unrolled reconstruction"):
+        plain.with_reconstruction("unrolled")
+    with pytest.raises(ArtifactError, match="tiny has no unrolled reconstruction"):
+        Purifier(plain, options=PurifyOptions(reconstruction="unrolled"))
+
+
+@pytest.mark.parametrize("change", [{"iterations": 3}, {"deeper": ()}, {"sharing": "filters"}, {"stride": 2}])
+def test_weights_must_fit_the_network(unrolled_bundle, change):
+    bundle = load_bundle(unrolled_bundle)
+    network = bundle.config.unrolled.model_copy(update=change)
+    misfit = replace(bundle, config=bundle.config.model_copy(update={"unrolled": network}))
+    with pytest.raises(ArtifactError, match="do not fit their settings"):
+        Purifier(misfit)
+    # The paper's reconstruction needs none of them.
+    Purifier(misfit, options=PurifyOptions(reconstruction="cbpdn"))
+
+
+def test_renaming_changes_the_name_alone(unrolled_bundle):
+    bundle = load_bundle(unrolled_bundle)
+    renamed = bundle.renamed("mine")
+    assert renamed.config.describe() == {**bundle.config.describe(), "name": "mine"}
+    assert renamed.reconstruction is bundle.reconstruction

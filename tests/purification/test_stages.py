@@ -22,6 +22,7 @@ from acsr_ray.corpus.images import DecodeLimits, decode_image, to_pixels, to_uni
 from acsr_ray.corpus.ledger import Ledger
 from acsr_ray.corpus.sources import CorpusError
 from acsr_ray.corpus.units import plan_units
+from acsr_ray.purification.options import PurifyOptions
 from acsr_ray.purification.purifier import Purifier
 from acsr_ray.purification.stages import (
     DecodeImages,
@@ -41,16 +42,26 @@ DETAILS = (CLASS, CLUSTER, DISTANCE, RESIDUAL)
 def run(tiny_bundle, tmp_path):
     """Push a corpus through all stages; returns the output tables in name order and the ledger."""
 
-    def call(source, *, image_column="image", batch_size=64, keep_original=False, unit_rows=250, out="out"):
+    def call(
+        source,
+        *,
+        image_column="image",
+        batch_size=64,
+        keep_original=False,
+        unit_rows=250,
+        out="out",
+        bundle=tiny_bundle,
+        options=None,
+    ):
         import torch
 
-        bundle, output = str(tiny_bundle), str(tmp_path / out)
+        bundle, output = str(bundle), str(tmp_path / out)
         stages = (
             ReadUnits(),
             DecodeImages(image_column, LIMITS),
-            EncodeImages(bundle, "cpu", batch_size, threads=1),
-            SelectClusters(bundle, threads=1),
-            PurifyImages(bundle, "cpu", batch_size, threads=1),
+            EncodeImages(bundle, "cpu", batch_size, threads=1, options=options),
+            SelectClusters(bundle, threads=1, options=options),
+            PurifyImages(bundle, "cpu", batch_size, threads=1, options=options),
             WriteUnits(output, FINGERPRINT, image_column, keep_original),
         )
         units = plan_units(
@@ -166,6 +177,52 @@ def test_pixels_are_those_of_the_purifier(run, damaged, write_parquet, tmp_path,
         assert table[CLUSTER][row].as_py() == outcome.cluster_id.item()
         assert table[DISTANCE][row].as_py() == outcome.distance.item()
         assert table[RESIDUAL][row].as_py() == pytest.approx(outcome.residual.item())
+
+
+@pytest.fixture(scope="module")
+def kinds(tiny_bundle, make_unrolled_bundle, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kinds")
+    built = {name: make_unrolled_bundle(folder / name, name) for name in ("global", "thresholds", "filters")}
+    return {"cbpdn": tiny_bundle, **built}
+
+
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [
+        ("cbpdn", {"top_k": 3, "strength": 2.0}),
+        ("global", {}),
+        ("global", {"strength": "auto"}),
+        ("thresholds", {"top_k": 2}),
+        ("filters", {"top_k": 9, "strength": 0.5}),
+        ("filters", {"reconstruction": "cbpdn", "strength": "auto", "top_k": 2}),
+    ],
+)
+def test_options_give_the_pixels_of_the_purifier(run, kinds, damaged, write_parquet, tmp_path, kind, given):
+    import torch
+
+    options = PurifyOptions(**given)
+    source = write_parquet(tmp_path / "a.parquet", damaged)
+    (table,), _ = run(source, bundle=kinds[kind], options=options)
+    purifier = Purifier.load(kinds[kind], options=options)
+    for row in set(range(12)) - EXPECTED.keys():
+        pixels = decode_image(damaged["image"][row].as_py()["bytes"], LIMITS)
+        with torch.no_grad():
+            outcome = purifier.purify(torch.from_numpy(to_unit_range(pixels))[None])
+        got = decode_image(table["image"][row].as_py()["bytes"], LIMITS)
+        assert (got == to_pixels(outcome.images[0].numpy())).all()
+        assert table[CLASS][row].as_py() == outcome.class_id.item()
+        assert table[CLUSTER][row].as_py() == outcome.cluster_id.item()
+        assert table[DISTANCE][row].as_py() == outcome.distance.item()
+    assert [row for row in range(12) if table["image"][row].as_py() is None] == list(EXPECTED)
+    # One image per call, and few rows per unit.
+    small, _ = run(source, bundle=kinds[kind], options=options, batch_size=1, unit_rows=5, out="small")
+    assert pa.concat_tables(small).to_pylist() == table.to_pylist()
+
+
+def test_a_unit_without_images_and_with_options(run, kinds, write_parquet, hf_table, tmp_path):
+    source = write_parquet(tmp_path / "a.parquet", hf_table([None, b"x"]))
+    (table,), _ = run(source, bundle=kinds["filters"], options=PurifyOptions(top_k=2, strength="auto"))
+    assert table[STATUS].to_pylist() == [QUARANTINED] * 2
 
 
 def test_quarantine_says_where_and_why(run, damaged, write_parquet, tmp_path):

@@ -193,6 +193,49 @@ def test_gradient_is_right():
     assert torch.autograd.gradcheck(lambda x: solver.solve(x).objective, (images,))
 
 
+@pytest.mark.parametrize("rho", [None, 2.0])
+def test_strength_scales_lmbda_of_an_image_and_leaves_rho(rho):
+    atoms, images = _atoms(), _random(4, 3, 12, 10, seed=17)
+    config = CbpdnConfig(lmbda=0.1, iterations=15, rho=rho)
+    strength = torch.tensor([0.5, 1.0, 2.0, 7.0], dtype=torch.float64)
+    result = Cbpdn(atoms, config).solve(images, strength)
+    for n, factor in enumerate(strength.tolist()):
+        scaled = CbpdnConfig(lmbda=0.1 * factor, iterations=15, rho=config.penalty)
+        alone = Cbpdn(atoms, scaled).solve(images[n : n + 1])
+        torch.testing.assert_close(result.maps[n], alone.maps[0], rtol=0, atol=1e-12)
+        torch.testing.assert_close(result.reconstruction[n], alone.reconstruction[0], rtol=0, atol=1e-12)
+        torch.testing.assert_close(result.objective[n], alone.objective[0], rtol=1e-12, atol=0)
+    # A penalty that followed lmbda would end elsewhere.
+    followed = Cbpdn(atoms, CbpdnConfig(lmbda=0.7, iterations=15)).solve(images[3:])
+    assert (result.maps[3] - followed.maps[0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_strength_one_changes_no_bit(dtype):
+    solver, images = Cbpdn(_atoms(), CbpdnConfig(iterations=20)), _random(3, 3, 9, 14, seed=18).to(dtype)
+    plain, strong = solver.solve(images), solver.solve(images, torch.ones(3, dtype=dtype))
+    assert torch.equal(strong.maps, plain.maps)
+    assert torch.equal(strong.reconstruction, plain.reconstruction)
+    assert torch.equal(strong.objective, plain.objective)
+    assert torch.equal(solver.reconstruct(images, torch.ones(3, dtype=dtype)), plain.reconstruction)
+
+
+def test_more_strength_takes_more_away():
+    atoms, image = _atoms(), _random(1, 3, 12, 12, seed=19)
+    strength = torch.tensor([0.2, 1.0, 5.0, 1e4], dtype=torch.float64)
+    solver = Cbpdn(atoms, CbpdnConfig(iterations=60))
+    size = solver.reconstruct(image.expand(4, -1, -1, -1), strength).flatten(1).norm(dim=1)
+    assert (size.diff() < 0).all()
+    assert size[-1] == 0
+
+
+def test_gradient_with_respect_to_strength_is_right():
+    solver = Cbpdn(_atoms(2, 2, (3, 2)), CbpdnConfig(lmbda=0.05, iterations=4))
+    images = _random(2, 2, 5, 4, seed=14)
+    strength = torch.tensor([0.7, 1.6], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda s: solver.reconstruct(images, s), (strength,))
+
+
 @pytest.mark.parametrize("size", [(3, 3), (1, 1), (4, 20), (20, 2)])
 def test_image_smaller_than_an_atom(size):
     atoms, images = _atoms(support=(8, 8)), _random(2, 3, *size, seed=15)

@@ -26,6 +26,37 @@ def test_soft_threshold_gives_exact_zeros():
     assert torch.equal(soft_threshold(x, 0.3), torch.zeros(5))
 
 
+def _random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (6,), (5, 1), (4, 1, 1), (4, 5, 6)])
+def test_tensor_thresholds_broadcast(shape):
+    x, thresholds = 2 * _random(4, 5, 6), _random(*shape, seed=1).abs()
+    got = soft_threshold(x, thresholds)
+    each = zip(x.flatten(), thresholds.expand(4, 5, 6).flatten(), strict=True)
+    expected = torch.stack([soft_threshold(value, threshold.item()) for value, threshold in each])
+    assert torch.equal(got, expected.view(4, 5, 6))
+    assert 0 < (got == 0).double().mean() < 1
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 1.0, 100.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_tensor_threshold_gives_the_bits_of_a_number(threshold, dtype):
+    x = 2 * _random(50).to(dtype)
+    assert torch.equal(soft_threshold(x, torch.tensor(threshold, dtype=dtype)), soft_threshold(x, threshold))
+
+
+def test_gradient_flows_to_values_and_thresholds():
+    x, thresholds = 2 * _random(3, 4), _random(4, seed=1).abs() + 0.1
+    assert torch.autograd.gradcheck(soft_threshold, (x.requires_grad_(), thresholds.requires_grad_()))
+    by_value, by_threshold = torch.autograd.grad(soft_threshold(x, thresholds).sum(), (x, thresholds))
+    kept = x.abs() > thresholds
+    assert 0 < kept.double().mean() < 1
+    assert torch.equal(by_value, kept.double())
+    assert torch.equal(by_threshold, -(kept * x.sign()).sum(0))
+
+
 def _random_atoms(seed, shape=(5, 3, 4, 6)):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 

@@ -88,6 +88,23 @@ def test_random_numbers_belong_to_lane_step_and_purpose(order):
     assert slices == [slice(0, 2), slice(2, 4)]
 
 
+def test_numbers_of_all_lanes_belong_to_step_and_purpose(order):
+    def numbers(batch, seed=0, purpose=ATTACK):
+        return torch.rand(3, generator=batch.shared_generator(seed, purpose)).tolist()
+
+    whole = follow(order, (0, 1, 2, 3), [0])
+    first = numbers(whole[1])
+    for rank in range(4):
+        assert numbers(follow(order, lanes_of(rank, 4, 4), [0])[1]) == first
+    assert numbers(follow(order, (0, 1, 2, 3), [0], first=1)[0]) == first
+    assert numbers(whole[0]) != first
+    assert numbers(follow(order, (0, 1, 2, 3), [1])[1]) != first
+    assert numbers(whole[1], purpose=AUGMENTATION) != first
+    assert numbers(whole[1], seed=1) != first
+    own = [torch.rand(3, generator=generator).tolist() for _, generator in whole[1].by_lane(0, ATTACK)]
+    assert first not in own
+
+
 def test_training_goes_on_at_any_step(order):
     whole = follow(order, (0, 2), [3])
     rest = follow(order, (0, 2), [3], first=2)

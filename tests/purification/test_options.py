@@ -1,0 +1,200 @@
+"""Options of a purifier: what differs from the defaults, strength, and several clusters."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from acsr_ray.clustering.gaussians import squared_mahalanobis
+from acsr_ray.clustering.selection import Selection
+from acsr_ray.purification.bundle import AutoStrength, load_bundle
+from acsr_ray.purification.options import PurifyOptions
+from acsr_ray.purification.purifier import Purifier
+from acsr_ray.sparse.cbpdn import Cbpdn, CbpdnConfig
+from acsr_ray.sparse.noise import noise_level
+from acsr_ray.sparse.tikhonov import tikhonov_split
+
+
+@pytest.fixture(scope="module")
+def images(smooth_pixels):
+    return torch.from_numpy(smooth_pixels(12, 16, 16, 6)).permute(0, 3, 1, 2).contiguous() / 255
+
+
+def purify(bundle, images, **options):
+    with torch.no_grad():
+        return Purifier.load(bundle, options=PurifyOptions(**options)).purify(images)
+
+
+@pytest.mark.parametrize(
+    ("options", "changed"),
+    [
+        ({}, {}),
+        ({"reconstruction": None, "strength": 1.0, "top_k": 1}, {}),
+        ({"reconstruction": "cbpdn"}, {"reconstruction": "cbpdn"}),
+        ({"strength": "auto", "top_k": 3}, {"strength": "auto", "top_k": 3}),
+        ({"strength": 2, "reconstruction": "unrolled"}, {"strength": 2.0, "reconstruction": "unrolled"}),
+    ],
+)
+def test_what_differs_from_the_defaults(options, changed):
+    assert PurifyOptions(**options).changed() == changed
+    assert PurifyOptions(**changed) == PurifyOptions(**options)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("strength", 0),
+        ("strength", -1.0),
+        ("strength", float("nan")),
+        ("strength", "strong"),
+        ("top_k", 0),
+        ("top_k", 1.5),
+        ("reconstruction", "none"),
+        ("topk", 2),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(name, value):
+    with pytest.raises(ValidationError, match=name):
+        PurifyOptions(**{name: value})
+
+
+@pytest.mark.parametrize("kind", ["tiny", "unrolled"])
+def test_options_spelled_out_are_the_defaults(kind, tiny_bundle, unrolled_bundle, images):
+    bundle = {"tiny": tiny_bundle, "unrolled": unrolled_bundle}[kind]
+    spelled = {"reconstruction": load_bundle(bundle).config.reconstruction, "strength": 1.0, "top_k": 1}
+    assert torch.equal(purify(bundle, images, **spelled).images, Purifier.load(bundle)(images))
+
+
+@pytest.mark.parametrize("strength", [0.5, 3.0])
+def test_strength_scales_lmbda_at_the_same_rho(strength, tiny_bundle, images):
+    bundle = load_bundle(tiny_bundle)
+    strong = purify(tiny_bundle, images, strength=strength)
+    config = CbpdnConfig(lmbda=0.1 * strength, iterations=10, rho=bundle.config.cbpdn.penalty)
+    lowpass, highpass = tikhonov_split(images, bundle.config.tikhonov)
+    chosen = Purifier(bundle).select(Purifier(bundle).latents(images)).index
+    for row, cluster in enumerate(chosen.tolist()):
+        coded = Cbpdn(bundle.atoms[cluster], config).reconstruct(highpass[row : row + 1])
+        expected = (lowpass[row] + coded[0]).clamp(0, 1)
+        assert (strong.images[row] - expected).abs().max() < 1e-5
+    assert (strong.images - purify(tiny_bundle, images).images).abs().max() > 1 / 255
+
+
+@pytest.mark.parametrize("kind", ["tiny", "unrolled"])
+def test_more_strength_leaves_less_detail(kind, tiny_bundle, unrolled_bundle, images):
+    bundle = {"tiny": tiny_bundle, "unrolled": unrolled_bundle}[kind]
+    lowpass, _ = tikhonov_split(images, load_bundle(bundle).config.tikhonov)
+    detail = [
+        (purify(bundle, images, strength=strength).images - lowpass.clamp(0, 1)).norm().item()
+        for strength in (0.25, 1.0, 4.0, 1e5)
+    ]
+    assert detail[0] > detail[1] > detail[2] > detail[3]
+    assert detail[3] < 1e-4
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    reference=st.floats(0.001, 0.1),
+    slope=st.floats(0, 5),
+    low=st.floats(0.1, 1),
+    high=st.floats(1, 5),
+)
+def test_auto_strength_grows_with_noise_within_bounds(reference, slope, low, high):
+    auto = AutoStrength(reference=reference, slope=slope, low=low, high=high)
+    level = torch.linspace(0, 0.5, 200, dtype=torch.float64)
+    strength = auto.of(level)
+    assert (strength.diff() >= 0).all()
+    assert strength.min() >= low
+    assert strength.max() <= high
+    assert auto.of(torch.tensor([reference], dtype=torch.float64)).item() == pytest.approx(1)
+    near = torch.tensor([reference * 1.01], dtype=torch.float64)
+    assert auto.of(near).item() == pytest.approx(min(high, 1 + 0.01 * slope))
+
+
+@pytest.mark.parametrize("kind", ["tiny", "unrolled"])
+def test_auto_is_the_strength_of_each_images_noise(kind, tiny_bundle, unrolled_bundle, images):
+    bundle = {"tiny": tiny_bundle, "unrolled": unrolled_bundle}[kind]
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(images[:4].shape, generator=generator)
+    size = torch.tensor([0.0, 0.01, 0.05, 0.2]).view(-1, 1, 1, 1)
+    noisy = (images[:4].mean((2, 3), keepdim=True) + size * noise).clamp(0, 1)
+    outcome = purify(bundle, noisy, strength="auto")
+    _, highpass = tikhonov_split(noisy, load_bundle(bundle).config.tikhonov)
+    strength = AutoStrength().of(noise_level(highpass))
+    assert strength[0] == 0.5
+    assert 0.5 < strength[1] < 2
+    assert strength[3] == 2.0
+    assert (strength.diff() >= 0).all()
+    for row, factor in enumerate(strength.tolist()):
+        alone = purify(bundle, noisy[row : row + 1], strength=factor)
+        assert (outcome.images[row] - alone.images[0]).abs().max() < 1e-5
+
+
+def test_the_bundle_decides_what_auto_is(make_bundle, tmp_path, images):
+    make_bundle(tmp_path / "b", auto_strength=AutoStrength(slope=0))
+    steady = purify(tmp_path / "b", images, strength="auto")
+    assert torch.equal(steady.images, purify(tmp_path / "b", images).images)
+    make_bundle(tmp_path / "c", auto_strength=AutoStrength(low=3.0, high=3.0))
+    assert torch.equal(
+        purify(tmp_path / "c", images, strength="auto").images,
+        purify(tmp_path / "c", images, strength=3.0).images,
+    )
+
+
+@pytest.fixture(scope="module")
+def sharing(tiny_bundle, make_unrolled_bundle, tmp_path_factory):
+    """A bundle for each thing that clusters can have of their own; `cbpdn` has dictionaries."""
+    folder = tmp_path_factory.mktemp("sharing")
+    built = {name: make_unrolled_bundle(folder / name, name) for name in ("global", "thresholds", "filters")}
+    return {"cbpdn": tiny_bundle, **built}
+
+
+@pytest.mark.parametrize("top_k", [2, 4, 9])
+@pytest.mark.parametrize("kind", ["cbpdn", "thresholds", "filters"])
+def test_the_nearest_clusters_are_averaged(kind, top_k, sharing, images):
+    # Of little contrast, so that nothing is clipped.
+    images = 0.35 + 0.3 * images
+    purifier = Purifier.load(sharing[kind])
+    with torch.no_grad():
+        squared = squared_mahalanobis(purifier.latents(images).double(), purifier.gaussians)
+        nearest = squared.argsort(1)[:, :top_k]
+        alone = [
+            purifier.reconstruct(images, Selection(index, torch.zeros(12))).images for index in nearest.T
+        ]
+    expected = torch.stack(alone).mean(0)
+    assert len(alone) == min(top_k, 4)
+    outcome = purify(sharing[kind], images, top_k=top_k)
+    torch.testing.assert_close(outcome.images, expected, rtol=0, atol=1e-6)
+    assert (alone[0] - alone[1]).abs().max() > 1e-3
+    # What is recorded is the nearest, as without the option.
+    plain = purify(sharing[kind], images)
+    for field in ("class_id", "cluster_id", "distance"):
+        assert torch.equal(getattr(outcome, field), getattr(plain, field)), field
+    assert (outcome.images - plain.images).abs().max() > 1e-4
+
+
+def test_several_clusters_change_nothing_where_all_share_a_network(sharing, images):
+    purifier = Purifier.load(sharing["global"])
+    assert not purifier.uses_clusters
+    assert torch.equal(
+        purify(sharing["global"], images, top_k=3).images, purify(sharing["global"], images).images
+    )
+    for kind in ("cbpdn", "thresholds", "filters"):
+        assert Purifier.load(sharing[kind]).uses_clusters
+
+
+@pytest.mark.parametrize("kind", ["cbpdn", "global", "thresholds", "filters"])
+def test_options_together_leave_an_image_alone(kind, sharing, images):
+    options = PurifyOptions(strength="auto", top_k=2)
+    purifier = Purifier.load(sharing[kind], options=options)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole = purifier(images)
+        parts = torch.cat([purifier(part) for part in images[order].split(5)])
+    assert torch.equal(parts, whole[order])
+
+
+def test_no_images(sharing):
+    for kind in sharing:
+        purifier = Purifier.load(sharing[kind], options=PurifyOptions(strength="auto", top_k=3))
+        assert purifier(torch.zeros(0, 3, 9, 7)).shape == (0, 3, 9, 7)
