@@ -106,10 +106,6 @@ MISSING = {
     "make_bundle": (["--recipe", "/nowhere.yaml"], "/nowhere.yaml does not exist"),
     "train_purifier": (["--train", "/nowhere", "--surrogates", "/nowhere/t"], "no target '/nowhere/t'"),
     "train_target": (["--train", "/nowhere"], "/nowhere does not exist"),
-    "train_purifier": (
-        ["--train", "/nowhere", "--surrogates", "/nowhere/t", "--bundle", "no-such-bundle"],
-        "no bundle 'no-such-bundle'",
-    ),
     "finetune_target": (
         ["--train", "/nowhere", "--validation", "/nowhere", "--target", "/nowhere/t"],
         "cannot fine-tune '/nowhere/t'",
