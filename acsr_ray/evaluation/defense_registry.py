@@ -117,7 +117,10 @@ def _stl(request: BuildRequest) -> Defense:
 
 
 def _acsr(request: BuildRequest) -> Defense:
-    return NearestCluster(_purifier(request), request.parameters["reselect"])
+    purifier = _purifier(request)
+    if purifier.unrolled is not None and request.parameters["lmbda"] is not None:
+        raise ValueError("lmbda does nothing to an unrolled reconstruction; its factor is strength")
+    return NearestCluster(purifier, request.parameters["reselect"])
 
 
 def _random_cluster(request: BuildRequest) -> Defense:

@@ -13,11 +13,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from acsr_ray.artifacts import ArtifactError, json_digest
 from acsr_ray.columns import OUTCOME, STATUS
-from acsr_ray.corpus.images import DecodeLimits, decode_image, encode_png
+from acsr_ray.config import parse_job
+from acsr_ray.corpus.images import DecodeLimits, decode_image, encode_png, to_pixels, to_unit_range
 from acsr_ray.corpus.sources import CorpusError
-from acsr_ray.distributed.purify import PurifyCorpusSettings, purify_corpus
+from acsr_ray.distributed.purify import PurifyCorpusSettings, deciding_settings, purify_corpus
 from acsr_ray.distributed.runtime import RaySettings
+from acsr_ray.purification.options import PurifyOptions
+from acsr_ray.purification.purifier import Purifier
 
 pytestmark = pytest.mark.ray
 
@@ -113,6 +117,77 @@ def test_batch_size_actors_and_units_do_not_change_a_byte(tmp_path, tiny_bundle,
     assert len(set(digests[0])) == 30
     assert digests[1] == digests[0]
     assert digests[2] == digests[0]
+
+
+def test_options_give_the_pixels_of_the_purifier(tmp_path, make_unrolled_bundle, ray_local):
+    import torch
+
+    bundle = make_unrolled_bundle(tmp_path / "bundle", "filters")
+    source = write_corpus(tmp_path / "a.parquet", 30)
+    options = {"strength": "auto", "top_k": 2}
+    run = settings(source, tmp_path / "out", bundle, **options)
+    purify_corpus(run)
+    purifier = Purifier.load(bundle, options=PurifyOptions(**options))
+    before, after = pq.read_table(source), read_output(tmp_path / "out")
+    for old, new in zip(before["image"].to_pylist(), after["image"].to_pylist(), strict=True):
+        pixels = decode_image(old["bytes"], DecodeLimits())
+        with torch.no_grad():
+            purified = purifier(torch.from_numpy(to_unit_range(pixels))[None])
+        assert (decode_image(new["bytes"], DecodeLimits()) == to_pixels(purified[0].numpy())).all()
+    # Options spelled out as they are by default are the same run; others are another one.
+    assert "nothing to do" in purify_corpus(run.model_copy(update={"reconstruction": None}))["this run"]
+    for changes in ({"strength": 1.0}, {"top_k": 1}, {"reconstruction": "cbpdn"}):
+        with pytest.raises(CorpusError, match=next(iter(changes))):
+            purify_corpus(run.model_copy(update=changes))
+
+
+def test_the_fingerprint_is_as_before_where_no_option_is_given(tmp_path, tiny_bundle):
+    def fingerprint(**changes):
+        return json_digest(
+            deciding_settings(settings(tmp_path / "a", tmp_path / "b", tiny_bundle, **changes))
+        )
+
+    plain = deciding_settings(settings(tmp_path / "a", tmp_path / "b", tiny_bundle))
+    assert sorted(plain) == ["algorithm_version", "bundle_digest", "decode", "image_column", "keep_original"]
+    assert fingerprint(reconstruction=None, strength=1, top_k=1) == fingerprint()
+    assert fingerprint(batch_size=7) == fingerprint()
+    changes = (
+        *({}, {"strength": "auto"}, {"strength": 1.5}, {"top_k": 2}, {"reconstruction": "cbpdn"}),
+        *({"reconstruction": "unrolled"}, {"top_k": 2, "strength": 1.5}),
+    )
+    assert len({fingerprint(**given) for given in changes}) == len(changes)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_bundle_without_a_network_is_refused_before_anything_is_written(tmp_path, tiny_bundle, begun):
+    source, output = write_corpus(tmp_path / "a.parquet", 4), tmp_path / "out"
+    if begun:
+        output.mkdir()
+    with pytest.raises(ArtifactError, match="tiny has no unrolled reconstruction"):
+        purify_corpus(settings(source, output, tiny_bundle, reconstruction="unrolled"))
+    assert not list(output.glob("*"))
+    assert output.exists() == begun
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        ([], PurifyOptions()),
+        (["--strength", "auto"], PurifyOptions(strength="auto")),
+        (["--strength", "1.5", "--top-k", "3"], PurifyOptions(strength=1.5, top_k=3)),
+        (["--reconstruction", "cbpdn"], PurifyOptions(reconstruction="cbpdn")),
+        (["--reconstruction", "None"], PurifyOptions()),
+    ],
+)
+def test_options_on_the_command_line(arguments, options):
+    assert parse_job(PurifyCorpusSettings, "purify_corpus", arguments).options == options
+
+
+@pytest.mark.parametrize("arguments", [["--strength", "0"], ["--strength", "weak"], ["--top-k", "0"]])
+def test_options_that_mean_nothing_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit):
+        parse_job(PurifyCorpusSettings, "purify_corpus", arguments)
+    assert arguments[0][2:] in capsys.readouterr().err.replace("_", "-")
 
 
 def test_damaged_rows_are_quarantined_and_the_rest_is_done(tmp_path, tiny_bundle, ray_local):

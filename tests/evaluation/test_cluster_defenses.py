@@ -13,6 +13,7 @@ from acsr_ray.evaluation.cluster_defenses import (
     RankedCluster,
     rank_clusters,
 )
+from acsr_ray.purification.options import PurifyOptions
 from acsr_ray.purification.purifier import Purifier
 
 
@@ -97,3 +98,23 @@ def test_reselection_codes_the_original_with_the_cluster_of_the_purified_image(p
 def test_clusters_that_are_not_there(purifier, kind, value):
     with pytest.raises(ValueError, match=f"got {value}"):
         kind(purifier, value)
+
+
+@pytest.mark.parametrize("sharing", ["global", "thresholds", "filters"])
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}])
+def test_acsr_is_the_purifier_with_a_network_too(sharing, options, make_unrolled_bundle, tmp_path, images):
+    bundle = make_unrolled_bundle(tmp_path / "b", sharing)
+    purifier = Purifier.load(bundle, options=PurifyOptions(**options))
+    assert torch.equal(NearestCluster(purifier)(images), purifier(images))
+
+
+def test_reselection_with_a_network_follows_the_purified_image(make_unrolled_bundle, tmp_path, images):
+    purifier = Purifier.load(make_unrolled_bundle(tmp_path / "b", "filters"))
+    chosen = purifier.select(purifier.latents(purifier(images)))
+    expected = purifier.reconstruct(images, chosen).images
+    assert torch.equal(NearestCluster(purifier, reselect=1)(images), expected)
+
+
+def test_reselection_changes_nothing_where_all_share_a_network(unrolled_bundle, images):
+    purifier = Purifier.load(unrolled_bundle)
+    assert torch.equal(NearestCluster(purifier, reselect=2)(images), purifier(images))

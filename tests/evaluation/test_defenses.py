@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from acsr_ray.evaluation.defenses import DefenseConfig, build_defense, defense_d
 from acsr_ray.models.autoencoder import Autoencoder, AutoencoderConfig, save_autoencoder
 from acsr_ray.models.pixel_cnn import PixelCnn, PixelCnnConfig, save_pixel_cnn
 from acsr_ray.purification.bundle import load_bundle
+from acsr_ray.purification.options import PurifyOptions
+from acsr_ray.purification.purifier import Purifier
 from acsr_ray.sparse.cbpdn import CbpdnConfig
 from acsr_ray.sparse.tikhonov import TikhonovConfig
 from acsr_ray.training.global_dictionary import GlobalDictionary, save_global_dictionary
@@ -234,6 +237,12 @@ def test_parameters_that_do_not_fit_the_artifact(name, parameters, message, conf
         ({"name": "acsr", "artifact": "x"}, "ACSR"),
         ({"name": "acsr", "artifact": "x", "lmbda": 0.1, "reselect": 1}, "ACSR lambda 0.1 reselect 1"),
         ({"name": "rank", "artifact": "x", "rank": 3, "lmbda": 0.2}, "Cluster of rank 3 lambda 0.2"),
+        (
+            {"name": "acsr", "artifact": "x", "reconstruction": "unrolled", "strength": "auto"},
+            "ACSR reconstruction unrolled strength auto",
+        ),
+        ({"name": "acsr", "artifact": "x", "strength": 1.5, "top_k": 3}, "ACSR strength 1.5 top_k 3"),
+        ({"name": "acsr", "artifact": "x", "strength": 1.0, "top_k": 1}, "ACSR"),
         ({"name": "crop_ensemble", "crop": 0.8, "crops": 10}, "Crop ensemble 0.8 crops 10"),
     ],
 )
@@ -259,6 +268,37 @@ def test_digest_holds_what_decides_the_pixels(config_of, artifacts, tmp_path):
         )
     }
     assert len(digests) == 5
+
+
+def test_options_at_their_defaults_leave_a_digest_as_it_was(config_of):
+    plain = defense_digest(config_of("acsr"))
+    # What it was before there were options, so that cells measured then are found again.
+    assert json.loads(plain)["parameters"] == {"lmbda": None, "reselect": 0}
+    assert defense_digest(config_of("acsr", strength=1.0, top_k=1)) == plain
+    assert defense_digest(config_of("acsr", strength=1)) == plain
+    changes = (
+        *({}, {"strength": 2.0}, {"strength": "auto"}, {"top_k": 2}, {"reconstruction": "cbpdn"}),
+        *({"reconstruction": "unrolled"}, {"top_k": 2, "strength": 2.0}),
+    )
+    assert len({defense_digest(config_of("acsr", **given)) for given in changes}) == len(changes)
+    for name in ("rank", "cluster", "random_cluster", "low_band"):
+        parameters = json.loads(defense_digest(config_of(name)))["parameters"]
+        assert not parameters.keys() & {"strength", "top_k", "reconstruction"}
+
+
+@pytest.mark.parametrize("name", ["rank", "cluster", "random_cluster", "low_band", "jpeg"])
+@pytest.mark.parametrize("option", [{"strength": 2.0}, {"top_k": 2}, {"reconstruction": "cbpdn"}])
+def test_options_of_a_purifier_are_of_acsr_alone(name, option, config_of):
+    with pytest.raises(ValidationError, match=f"{name} has no {next(iter(option))}"):
+        config_of(name, **option)
+
+
+@pytest.mark.parametrize(
+    "option", [{"strength": 0.0}, {"strength": "weak"}, {"top_k": 0}, {"reconstruction": "none"}]
+)
+def test_options_out_of_range(option, config_of):
+    with pytest.raises(ValidationError, match=next(iter(option))):
+        config_of("acsr", **option)
 
 
 def test_settings_survive_json(config_of):
@@ -290,3 +330,76 @@ def test_strength_of_sparse_coding_scales_the_penalty():
     assert (stronger.lmbda, stronger.iterations) == (0.3, 30)
     assert stronger.penalty == pytest.approx(4.0 * 16 / 6)
     assert with_lmbda(CbpdnConfig(), 0.3).penalty == pytest.approx(16)
+
+
+@pytest.fixture(scope="module")
+def learnt(make_unrolled_bundle, tmp_path_factory):
+    """A bundle whose clusters have filters of their own in a trained network, its default."""
+    return str(make_unrolled_bundle(tmp_path_factory.mktemp("bundle") / "learnt", "filters"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"reconstruction": "unrolled", "strength": "auto"},
+        {"reconstruction": "cbpdn", "top_k": 3},
+        {"strength": 2.5, "top_k": 2},
+    ],
+)
+def test_acsr_with_options_is_the_purifier_with_them(options, learnt, images):
+    defense = build_defense(DefenseConfig(name="acsr", artifact=learnt, **options))
+    expected = Purifier.load(learnt, options=PurifyOptions(**options))(images)
+    assert torch.equal(defense(images), expected)
+    assert torch.equal(defense(images[1:3]), expected[1:3])
+
+
+def test_strength_and_lmbda_of_acsr_multiply(config_of, images):
+    both = build_defense(config_of("acsr", lmbda=0.2, strength=1.5))(images)
+    bundle = load_bundle(config_of("acsr").artifact)
+    cbpdn = with_strength(bundle.config.cbpdn, 0.2)
+    scaled = bundle.config.model_copy(update={"cbpdn": cbpdn})
+    purifier = Purifier(replace(bundle, config=scaled), options=PurifyOptions(strength=1.5))
+    assert torch.equal(both, purifier(images))
+    assert not torch.equal(both, build_defense(config_of("acsr", lmbda=0.2))(images))
+
+
+@pytest.mark.parametrize(
+    "name", ["rank", "cluster", "random_cluster", "low_band", "dct_atoms", "random_atoms"]
+)
+def test_what_asks_about_clusters_codes_sparsely_in_any_bundle(name, learnt, config_of, images):
+    plain = config_of(name)
+    other = plain.model_copy(update={"artifact": learnt})
+    assert torch.equal(build_defense(other)(images), build_defense(plain)(images))
+
+
+def test_acsr_follows_the_default_of_its_bundle(learnt, config_of, images):
+    default, paper, unrolled = (
+        build_defense(DefenseConfig(name="acsr", artifact=learnt, **given))(images)
+        for given in ({}, {"reconstruction": "cbpdn"}, {"reconstruction": "unrolled"})
+    )
+    assert torch.equal(default, unrolled)
+    assert torch.equal(paper, build_defense(config_of("acsr"))(images))
+    assert not torch.equal(default, paper)
+
+
+def test_a_network_that_a_bundle_does_not_have(config_of):
+    with pytest.raises(ArtifactError, match="no unrolled reconstruction"):
+        build_defense(config_of("acsr", reconstruction="unrolled"))
+
+
+@pytest.mark.parametrize("given", [{}, {"reconstruction": "unrolled"}])
+def test_a_network_has_no_lmbda(given, learnt):
+    config = DefenseConfig(name="acsr", artifact=learnt, lmbda=0.3, **given)
+    with pytest.raises(ConfigError, match=r"acsr: lmbda .* strength"):
+        build_defense(config)
+    build_defense(config.model_copy(update={"reconstruction": "cbpdn"}))
+
+
+def test_gradients_reach_the_image_through_a_network(learnt, images):
+    defense = build_defense(DefenseConfig(name="acsr", artifact=learnt, strength="auto", top_k=2))
+    assert defense.differentiable
+    x = (images[:2] * 0.9 + 0.05).requires_grad_()
+    (gradient,) = torch.autograd.grad(defense(x).square().sum(), x)
+    assert torch.isfinite(gradient).all()
+    assert gradient.flatten(1).norm(dim=1).min() > 0
