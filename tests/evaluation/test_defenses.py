@@ -357,7 +357,7 @@ def test_acsr_with_options_is_the_purifier_with_them(options, learnt, images):
 def test_strength_and_lmbda_of_acsr_multiply(config_of, images):
     both = build_defense(config_of("acsr", lmbda=0.2, strength=1.5))(images)
     bundle = load_bundle(config_of("acsr").artifact)
-    cbpdn = with_strength(bundle.config.cbpdn, 0.2)
+    cbpdn = with_lmbda(bundle.config.cbpdn, 0.2)
     scaled = bundle.config.model_copy(update={"cbpdn": cbpdn})
     purifier = Purifier(replace(bundle, config=scaled), options=PurifyOptions(strength=1.5))
     assert torch.equal(both, purifier(images))
