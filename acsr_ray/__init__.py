@@ -6,9 +6,10 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from acsr_ray.purification.options import PurifyOptions
     from acsr_ray.purification.purifier import Purifier
 
-__all__ = ["Purifier", "__version__"]
+__all__ = ["Purifier", "PurifyOptions", "__version__"]
 __version__ = "0.1.0"
 
 
@@ -18,4 +19,8 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401
         from acsr_ray.purification.purifier import Purifier
 
         return Purifier
+    if name == "PurifyOptions":
+        from acsr_ray.purification.options import PurifyOptions
+
+        return PurifyOptions
     raise AttributeError(f"module 'acsr_ray' has no attribute {name!r}")

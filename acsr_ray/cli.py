@@ -28,6 +28,12 @@ ENTRY_POINTS: Mapping[str, tuple[str, str, str]] = {
         "train_purifier",
     ),
     "train_target": ("acsr_ray.distributed.training", "TrainTargetSettings", "train_target"),
+    "finetune_target": (
+        "acsr_ray.distributed.finetuning",
+        "FinetuneTargetSettings",
+        "finetune_target",
+    ),
+    "calibrate_doubt": ("acsr_ray.distributed.doubt", "CalibrateDoubtSettings", "calibrate_doubt"),
     "train_defense": ("acsr_ray.training.defense", "TrainDefenseSettings", "train_defense"),
     "compare_encoders": ("acsr_ray.distributed.encoders", "CompareEncodersSettings", "compare_encoders"),
     "compare_attacks": ("acsr_ray.evaluation.parity", "CompareAttacksSettings", "compare_attacks"),

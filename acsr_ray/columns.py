@@ -15,6 +15,7 @@ CLASS = "acsr_class"
 CLUSTER = "acsr_cluster"
 DISTANCE = "acsr_distance"
 RESIDUAL = "acsr_residual"
+DOUBT = "acsr_doubt"
 ORIGINAL = "acsr_original"
 PREFIX = "acsr_"
 

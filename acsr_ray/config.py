@@ -26,6 +26,8 @@ JOBS = (
     "make_bundle",
     "train_purifier",
     "train_target",
+    "finetune_target",
+    "calibrate_doubt",
     "train_defense",
     "compare_encoders",
     "compare_attacks",

@@ -19,8 +19,12 @@ from torch import Tensor, nn
 
 from acsr_ray.clustering.gaussians import fit_gaussians
 from acsr_ray.models.classifier import EncoderConfig, encode, restore_encoder
+from acsr_ray.models.targets import TargetConfig, build_target, save_target
 from acsr_ray.models.wide_resnet import build_wide_resnet
-from acsr_ray.purification.bundle import Bundle, BundleConfig, load_bundle, save_bundle
+from acsr_ray.purification.bundle import Bundle, BundleConfig, bundle_digest, load_bundle, save_bundle
+from acsr_ray.purification.doubt import FEATURES, DoubtModel, Logistic, save_doubt
+from acsr_ray.purification.judge import OWN_CLASSES
+from acsr_ray.purification.options import PurifyOptions
 from acsr_ray.sparse.cbpdn import CbpdnConfig
 from acsr_ray.sparse.prox import project_atoms
 from acsr_ray.sparse.unrolled import UnrolledConfig, UnrolledCsc, spread_atoms
@@ -190,6 +194,49 @@ def make_bundle() -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_bundle(tmp_path_factory.mktemp("bundle") / "tiny")
+
+
+def save_tiny_doubt(directory: Path, purifier: Path, classifier: str = OWN_CLASSES, **changes: Any) -> Path:
+    """Save a doubt model for a bundle, with coefficients that are no one's; `changes` replace its fields."""
+    logistic = Logistic(
+        features=FEATURES,
+        mean=(-2.0, 1.5, -3.0, 0.3, 1.0, 0.2),
+        scale=(0.5, 0.3, 0.7, 0.5, 2.0, 0.4),
+        coefficients=(0.4, 0.3, -0.2, 0.9, -0.8, 0.5),
+        intercept=-0.7,
+    )
+    fields = {
+        "bundle": bundle_digest(purifier),
+        "options": PurifyOptions(reconstruction="cbpdn"),
+        "classifier": classifier,
+        "image_size": 16,
+        "logistic": logistic,
+        **changes,
+    }
+    save_doubt(directory, DoubtModel(**fields), {"origin": "tests"})
+    return directory
+
+
+@pytest.fixture(scope="session")
+def make_doubt() -> Callable[..., Path]:
+    return save_tiny_doubt
+
+
+@pytest.fixture(scope="session")
+def tiny_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random but fixed target of three classes for images of 20 pixels a side."""
+    config = TargetConfig(architecture="wrn-10-1", num_classes=len(CLASS_NAMES), image_size=20)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(8)
+        model = build_target(config)
+    images = torch.from_numpy(draw_smooth(60, 20, 20, seed=12)).permute(0, 3, 1, 2) / 255
+    # Centred and sharper than a random network is, so that images really are of several classes.
+    with torch.no_grad():
+        model.eval().fc.weight *= 20
+        model.fc.bias -= model(images).mean(0)
+    directory = tmp_path_factory.mktemp("target") / "tiny"
+    save_target(directory, model, config, CLASS_NAMES, {"origin": "tests"})
+    return directory
 
 
 @pytest.fixture(scope="session")

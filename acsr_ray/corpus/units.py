@@ -86,6 +86,7 @@ def plan_units(
     unit_megabytes: float,
     limit: int | None,
     known: Mapping[str, tuple[str, str]] = MappingProxyType({}),
+    purified: bool = False,
 ) -> list[Unit]:
     """Cut a corpus into units in input order.
 
@@ -96,6 +97,7 @@ def plan_units(
         unit_megabytes: decoded MiB aimed at; units of large images have fewer rows.
         limit: only the first so many rows of the corpus.
         known: (version, content digest) of shards by URI; a shard of that version is not hashed again.
+        purified: whether shards that were purified before will do.
 
     Raises:
         CorpusError: an unusable schema, or nothing to read.
@@ -110,7 +112,7 @@ def plan_units(
     planned = (
         _folder_units(source, unit_rows, unit_megabytes)
         if isinstance(source, ImageFolder)
-        else _shard_units(source, image_column, unit_rows, unit_megabytes, known)
+        else _shard_units(source, image_column, unit_rows, unit_megabytes, known, purified)
     )
     for unit in planned:
         if left == 0:
@@ -135,11 +137,12 @@ def _shard_units(
     unit_rows: int,
     unit_megabytes: float,
     known: Mapping[str, tuple[str, str]],
+    purified: bool,
 ) -> Iterator[Unit]:
     for shard in shards:
         try:
             with open_parquet(shard.uri) as file:
-                check_schema(file.schema_arrow, image_column, shard.uri)
+                check_schema(file.schema_arrow, image_column, shard.uri, purified)
                 num_rows, encoded = file.metadata.num_rows, _image_bytes(file, image_column)
         except (pa.ArrowException, OSError) as error:
             raise CorpusError(f"{shard.uri} is not a readable Parquet file: {error}") from error
@@ -155,10 +158,10 @@ def _shard_units(
             yield Unit(shard.uri, shard.relative, first, last, content, version=shard.version)
 
 
-def check_schema(schema: pa.Schema, image_column: str, uri: str) -> None:
-    """Raise `CorpusError` unless a shard can be purified as it is."""
+def check_schema(schema: pa.Schema, image_column: str, uri: str, purified: bool = False) -> None:
+    """Raise `CorpusError` unless a shard can be purified as it is, or, if `purified`, was and can be read."""
     taken = [name for name in schema.names if name.startswith(PREFIX)]
-    if taken:
+    if taken and not purified:
         raise CorpusError(f"{uri} already has {', '.join(taken)}: it was purified before")
     if image_column not in schema.names:
         raise CorpusError(

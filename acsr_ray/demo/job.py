@@ -14,6 +14,8 @@ def purify_or_demo(settings: PurifyCorpusSettings) -> dict[str, Any]:
         return purify_corpus(settings)
     if settings.input:
         raise CorpusError("--demo brings its own corpus and bundle; leave --input away")
+    if settings.doubt:
+        raise CorpusError("--demo brings its own bundle, which has no doubt model; leave --doubt away")
     from acsr_ray.demo.run import run_demo
 
     return run_demo(settings)

@@ -14,7 +14,7 @@ from acsr_ray.columns import UNIT
 from acsr_ray.corpus.units import Unit
 from acsr_ray.distributed.runtime import StageShares
 
-REST_SECONDS = 0.01
+REST_SECONDS = 0.03
 
 
 class Rest(ExecutionCallback):

@@ -1,6 +1,7 @@
 """The job that trains a bundle's unrolled reconstruction: bundle + shards + surrogates -> bundle."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ from acsr_ray.config import ConfigError
 from acsr_ray.distributed.latents import TRAINING_DATA
 from acsr_ray.distributed.trainer import run_training
 from acsr_ray.distributed.training import TrainSettings
-from acsr_ray.models.targets import load_target
+from acsr_ray.models.targets import absolute_location, load_target
 from acsr_ray.purification.bundle import (
     DEFAULT_BUNDLE,
     bundle_digest,
@@ -24,6 +25,9 @@ from acsr_ray.training.loop import AdamConfig
 from acsr_ray.training.pairs import PairConfig
 from acsr_ray.training.purifier import LossConfig, PurifierTraining, SurrogateConfig
 from acsr_ray.training.shards import plan_training
+
+RECONSTRUCTION = "reconstruction"
+"""Section of a bundle's manifest that records how its network was trained."""
 
 
 class TrainPurifierSettings(TrainSettings):
@@ -47,14 +51,17 @@ class TrainPurifierSettings(TrainSettings):
     """The unrolled network."""
     atoms: int = Field(64, ge=1)
     """Atoms of its first layer."""
-    init: Literal["dictionary", "random"] = "dictionary"
-    """What the first layer starts from; `random` is the control."""
+    init: Literal["dictionary", "random"] | Path = "dictionary"
+    """What the network starts from: the bundle's dictionaries, random atoms (the control), or the folder of a
+    bundle with a trained network of the same shape."""
     pairs: PairConfig = PairConfig()
     """Attacked images to train on."""
     loss: LossConfig = LossConfig()
     """What to minimise."""
     optimizer: AdamConfig = AdamConfig()
     """Schedule and optimiser."""
+    half_precision: bool = True
+    """Store the network in half precision, in half the space; the rest stays as it is in the old bundle."""
     seed: int = 0
     """Fixes initialisation, shuffling, augmentation and attacks."""
 
@@ -63,7 +70,7 @@ def train_purifier(settings: TrainPurifierSettings) -> dict[str, Any]:
     """Train the reconstruction, save the bundle with it and return its closing metrics.
 
     Raises:
-        ArtifactError: no such bundle, or its folder is also the output.
+        ArtifactError: no such bundle, or its folder is also the output; another network to start from.
         TargetError: a surrogate that cannot be loaded.
         ConfigError: a network that does not fit the bundle's atoms.
     """
@@ -71,8 +78,9 @@ def train_purifier(settings: TrainPurifierSettings) -> dict[str, Any]:
     if directory == settings.output.resolve():
         raise ArtifactError(f"{settings.output} is the bundle to start from; choose another --output")
     load_bundle(directory)
+    start = _start(settings)
     surrogates = tuple(
-        SurrogateConfig(location=_absolute(location), digest=load_target(location).digest)
+        SurrogateConfig(location=absolute_location(location), digest=load_target(location).digest)
         for location in settings.surrogates
     )
     training = PurifierTraining(
@@ -82,7 +90,8 @@ def train_purifier(settings: TrainPurifierSettings) -> dict[str, Any]:
         image_size=settings.image_size,
         network_config=settings.network,
         atoms=settings.atoms,
-        init=settings.init,
+        init=str(settings.init) if start is None else str(start),
+        init_digest=None if start is None else bundle_digest(start),
         pairs=settings.pairs,
         loss=settings.loss,
         optimizer=settings.optimizer,
@@ -104,14 +113,18 @@ def train_purifier(settings: TrainPurifierSettings) -> dict[str, Any]:
         settings=settings.ray,
     )
     bundle = training.trained(trained.weights)
+    if settings.half_precision:
+        stored = {name: tensor.half() for name, tensor in bundle.reconstruction.items()}
+        bundle = replace(bundle, reconstruction=stored)
     if settings.name is not None:
         bundle = bundle.renamed(settings.name)
     metrics = {"train_images": shards.num_rows, **trained.metrics}
     content = {
         **_provenance(directory),
-        "reconstruction": {
+        RECONSTRUCTION: {
             TRAINING_DATA: json_digest(sorted({unit.content for unit in shards.units})),
             "bundle_digest": training.bundle_digest,
+            "init_digest": training.init_digest,
             "surrogates": [entry.digest for entry in surrogates],
             # A digest, because a bundle travels and paths of the machine that made it do not.
             "settings_digest": json_digest(settings.deciding()),
@@ -122,14 +135,18 @@ def train_purifier(settings: TrainPurifierSettings) -> dict[str, Any]:
     return {**metrics, "output": str(settings.output)}
 
 
+def _start(settings: TrainPurifierSettings) -> Path | None:
+    """Return the folder of the bundle whose network is the start; None where there is none."""
+    if isinstance(settings.init, str):
+        return None
+    found = load_bundle(settings.init).config.unrolled
+    if found != settings.network:
+        raise ArtifactError(f"{settings.init} has the network {found}, not the one that is to be trained")
+    return find_bundle(settings.init)
+
+
 def _provenance(directory: Path) -> dict[str, Any]:
     """Return what a bundle's manifest says beside what is written anew."""
     manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_bytes())
     written = ("schema_version", "kind", "package_version", "algorithm_version", "bundle", "files")
     return {name: value for name, value in manifest.items() if name not in written}
-
-
-def _absolute(location: str) -> str:
-    """Return a location that workers in other folders find too."""
-    path = Path(location)
-    return str(path.resolve()) if path.exists() else location

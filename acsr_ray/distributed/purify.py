@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -23,6 +24,7 @@ from acsr_ray.distributed.runtime import (
     ray_session,
     share_resources,
 )
+from acsr_ray.models.targets import absolute_location
 from acsr_ray.purification.bundle import (
     ALGORITHM_VERSION,
     DEFAULT_BUNDLE,
@@ -30,6 +32,7 @@ from acsr_ray.purification.bundle import (
     find_bundle,
     load_bundle,
 )
+from acsr_ray.purification.doubt_stage import PurifyWithDoubt, doubt_settings
 from acsr_ray.purification.options import PurifyOptions, Reconstruction, Strength
 from acsr_ray.purification.stages import (
     DecodeImages,
@@ -60,7 +63,7 @@ class PurifyCorpusSettings(JobSettings):
     reconstruction: Reconstruction | None = None
     """`cbpdn`, the paper's, or `unrolled`, trained on attacks; None: the bundle's default."""
     strength: Strength = 1.0
-    """Factor on what is taken away (lmbda, or the unrolled thresholds), or `auto`, by each image's noise."""
+    """How much is taken away, 1 being the bundle's own, or `auto`, by each image's noise."""
     top_k: int = Field(1, ge=1)
     """Reconstruct with so many nearest clusters and average."""
     limit: int | None = Field(None, ge=1)
@@ -69,6 +72,10 @@ class PurifyCorpusSettings(JobSettings):
     """Most rows per call of the encoder and the solver; decides memory, never pixels."""
     keep_original: bool = False
     """Also write the original image of every purified row, as column acsr_original."""
+    doubt: str | None = None
+    """Folder of calibrate_doubt: also write how likely its classifier is wrong, as column acsr_doubt."""
+    target: str | None = None
+    """The classifier of --doubt, as it was given to calibrate_doubt."""
     demo: bool = False
     """Build a corpus and a bundle from scikit-learn's digits, attack, purify, and write a report."""
     image_column: str = IMAGE
@@ -148,6 +155,7 @@ def deciding_settings(settings: PurifyCorpusSettings) -> dict[str, Any]:
         "keep_original": settings.keep_original,
         # Only what differs from the defaults, so that a new option leaves older outputs valid.
         **settings.options.changed(),
+        **doubt_settings(settings.doubt, settings.target, settings.bundle, settings.options),
     }
 
 
@@ -218,10 +226,15 @@ def build_pipeline(
         actors=1,
         cpus=shares.select_cpus,
     )
+    purify: tuple[type[Callable[[pa.Table], pa.Table]], dict[str, Any]] = (PurifyImages, model)
+    if settings.doubt is not None:
+        # Workers have other working directories.
+        target = settings.target and absolute_location(settings.target)
+        doubt = str(Path(settings.doubt).resolve())
+        purify = PurifyWithDoubt, {"purify": model, "doubt": doubt, "target": target}
     purified = map_in_actors(
         selected,
-        PurifyImages,
-        model,
+        *purify,
         actors=shares.purify_actors,
         cpus=shares.purify_cpus,
         gpus=shares.purify_gpus,

@@ -10,6 +10,11 @@ from acsr_ray.artifacts import ArtifactError, artifact_digest, json_digest, load
 from acsr_ray.config import ConfigError, JobSettings, load_section, parse_job
 from acsr_ray.distributed.bundling import BuildBundleSettings, build_bundle
 from acsr_ray.distributed.latents import TRAINING_DATA, labelled_data_digest
+from acsr_ray.distributed.purifier_training import (
+    RECONSTRUCTION,
+    TrainPurifierSettings,
+    train_purifier,
+)
 from acsr_ray.distributed.runtime import RaySettings, ray_session
 from acsr_ray.distributed.semantics import LearnSemanticsSettings, learn_semantics
 from acsr_ray.distributed.training import (
@@ -18,6 +23,7 @@ from acsr_ray.distributed.training import (
     train_baseline,
     train_robust,
 )
+from acsr_ray.models.targets import load_target
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +32,8 @@ class MakeBundleSettings(JobSettings):
     """Make a bundle from a corpus: every stage of a recipe that is not done yet."""
 
     recipe: Path
-    """YAML file with a section for each of train_baseline, learn_semantics, train_robust and build_bundle."""
+    """YAML file with a section for each of train_baseline, learn_semantics, train_robust and build_bundle,
+    and one for train_purifier if the bundle is to have an unrolled reconstruction."""
     dry_run: bool = False
     """Only print the plan."""
     ray: RaySettings = RaySettings()
@@ -35,13 +42,18 @@ class MakeBundleSettings(JobSettings):
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: its job, the kind of artifact it leaves, and the artifacts it is made from."""
+    """One stage: its job, the kind of artifact it leaves, and the artifacts it is made from.
+
+    `section` is where the manifest records the stage, None for its top; an `optional` stage may be left out.
+    """
 
     job: str
     settings: type[Any]
     run: Callable[[Any], Mapping[str, Any]]
     kind: str
     inputs: tuple[str, ...]
+    section: str | None = None
+    optional: bool = False
 
 
 STAGES = (
@@ -49,6 +61,15 @@ STAGES = (
     Stage("learn_semantics", LearnSemanticsSettings, learn_semantics, "semantics", ("baseline",)),
     Stage("train_robust", TrainRobustSettings, train_robust, "robust", ("baseline", "semantics")),
     Stage("build_bundle", BuildBundleSettings, build_bundle, "bundle", ("baseline", "semantics", "robust")),
+    Stage(
+        "train_purifier",
+        TrainPurifierSettings,
+        train_purifier,
+        "bundle",
+        ("bundle",),
+        section=RECONSTRUCTION,
+        optional=True,
+    ),
 )
 
 
@@ -98,10 +119,12 @@ def plan_recipe(recipe: Path) -> list[Planned]:
     renewed: set[str] = set()
     for stage in STAGES:
         if not load_section(recipe, stage.job):
+            if stage.optional:
+                continue
             raise ConfigError(f"{recipe} has no section {stage.job}")
         settings = parse_job(stage.settings, stage.job, ["--config", str(recipe)])
         for name in stage.inputs:
-            if getattr(settings, name) != folders[name]:
+            if Path(getattr(settings, name)) != folders[name]:
                 raise ConfigError(
                     f"{recipe}: {stage.job}.{name} is {getattr(settings, name)}, but the stage before "
                     f"writes {folders[name]}"
@@ -120,6 +143,8 @@ def _reason(stage: Stage, settings: Any) -> str | None:  # noqa: ANN401
         manifest = load_artifact(settings.output, stage.kind)
     except ArtifactError as error:
         return "not there yet" if "is missing" in str(error) else str(error)
+    if stage.section is not None:
+        manifest = manifest.get(stage.section, {"settings_digest": None})
     wanted = settings.deciding()
     if "settings_digest" in manifest:
         if manifest["settings_digest"] != json_digest(wanted):
@@ -135,8 +160,11 @@ def _reason(stage: Stage, settings: Any) -> str | None:  # noqa: ANN401
     init = getattr(settings, "init", None)
     if isinstance(init, Path) and manifest.get("init_digest") != artifact_digest(init):
         return f"made from other weights than those of {init}"
+    surrogates = manifest.get("surrogates")
+    if surrogates is not None and surrogates != [load_target(name).digest for name in settings.surrogates]:
+        return "trained against other surrogates"
     for name in stage.inputs:
         digest = manifest.get(f"{name}_digest")
-        if digest is not None and digest != artifact_digest(getattr(settings, name)):
+        if digest is not None and digest != artifact_digest(Path(getattr(settings, name))):
             return f"made from another {name}"
     return None

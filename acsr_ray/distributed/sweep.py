@@ -50,7 +50,21 @@ from acsr_ray.evaluation.write_up import Calibration, write_results
 
 logger = logging.getLogger(__name__)
 
-TableName = Literal["1", "2", "3", "4", "4-128", "5", "adaptive", "graybox", "purifier", "purifier-b0"]
+TableName = Literal[
+    "1",
+    "2",
+    "3",
+    "4",
+    "4-128",
+    "5",
+    "adaptive",
+    "graybox",
+    "purifier",
+    "purifier-b0",
+    "purifier-imagenet",
+    "purifier-ablations",
+    "purifier-adaptive",
+]
 CACHED = ("calibrations", "adversarial", "outcomes")
 REPORT_LIBRARIES = ("skimage.metrics", "matplotlib.figure")
 
@@ -60,11 +74,11 @@ class SweepAttacksSettings(JobSettings):
 
     grid: Path | None = None
     """YAML file of the grid. Give either this, or `table`, or `figure`."""
-    table: (
-        Literal["1", "2", "3", "4", "4-128", "5", "adaptive", "graybox", "purifier", "purifier-b0"] | None
-    ) = None
+    table: TableName | None = None
     """Preset: a table of the paper (4 at 64 pixels, 4-128 at 128), `adaptive` (by what the attacker knows),
-    or `graybox` (all defences at equal clean accuracy)."""
+    `graybox` (all defences at equal clean accuracy); of the trained reconstruction, `purifier` (against cheap
+    defences on three targets), `purifier-imagenet`, `purifier-b0` (at calibrated budgets),
+    `purifier-ablations`, and `purifier-adaptive` (attackers who know it)."""
     figure: Literal["2", "3", "4"] | None = None
     """Preset: a figure of the paper."""
     variant: Variant = "small"
@@ -127,7 +141,7 @@ def sweep_attacks(settings: SweepAttacksSettings) -> dict[str, Any]:
         _run_plan(runner, plan, sets)
     write_json(settings.output / "grid.json", grid.describe())
     results = collect(plan, sets, runner.cache)
-    atomic_write(settings.output / "results.parquet", _parquet(results.table))
+    atomic_write(settings.output / "results.parquet", parquet_bytes(results.table))
     written = write_results(grid, sets, results, runner.cache, settings.output, calibrations)
     return {
         "units": len(plan.attacks) + len({unit.fingerprint for unit in plan.defends}),
@@ -159,7 +173,8 @@ def _check_attackable(grid: Grid) -> None:
         if attack.attack.is_torchattacks:
             resolve_options(attack.attack)
         for entry in grid.defenses:
-            if attack.adaptive and (attack.defenses is None or entry.name in attack.defenses):
+            met = attack.defenses is None or entry.name in attack.defenses
+            if (attack.adaptive and met) or entry.name == attack.through:
                 check_attackable(attack, defense_of(entry.config, "cpu"))
 
 
@@ -275,7 +290,7 @@ def _run_plan(runner: UnitRunner, plan: Plan, sets: Sequence[EvaluationSet]) -> 
 
 def _expected_cost(entry: SweepAttack) -> int:
     steps = entry.attack.queries if entry.attack.name == "square" else entry.attack.num_steps
-    return steps * (20 if entry.adaptive else 1) * entry.eot_samples
+    return steps * (20 if entry.adaptive or entry.through else 1) * entry.eot_samples
 
 
 def _prepare(threads: int) -> None:
@@ -312,7 +327,7 @@ def _attack_task(
 ) -> bytes:
     _prepare(threads)
     table = attack_unit(chunk.head(count), entry, crafted_on, defense, seed=seed, device=device)
-    return _parquet(table)
+    return parquet_bytes(table)
 
 
 def _defend_task(
@@ -326,10 +341,11 @@ def _defend_task(
 ) -> bytes:
     _prepare(threads)
     table = None if attacked is None else pq.read_table(attacked)
-    return _parquet(defend_unit(chunk.head(count), table, target, defense, device=device))
+    return parquet_bytes(defend_unit(chunk.head(count), table, target, defense, device=device))
 
 
-def _parquet(table: pa.Table) -> bytes:
+def parquet_bytes(table: pa.Table) -> bytes:
+    """Return a table as the bytes of a Parquet file."""
     sink = io.BytesIO()
     pq.write_table(table, sink)
     return sink.getvalue()

@@ -121,7 +121,8 @@ def check_attackable(entry: SweepAttack, defense: Defense) -> None:
     by_gradient = entry.attack.name not in GRADIENT_FREE
     if entry.knowledge == "bpda" and type(defense).logits is not Defense.logits:
         raise GridError(f"{entry.name}: {type(defense).__name__} classifies more than one image; use square")
-    if entry.knowledge.startswith("white_box") and by_gradient and not defense.differentiable:
+    followed = entry.knowledge in ("white_box", "white_box_fixed", "transfer_purifier")
+    if followed and by_gradient and not defense.differentiable:
         raise GridError(f"{entry.name}: {type(defense).__name__} has no gradient; use bpda or square")
 
 

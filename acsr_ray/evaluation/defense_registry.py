@@ -60,21 +60,14 @@ class DefenseEntry:
     randomized: bool = False
 
 
-def with_strength(cbpdn: CbpdnConfig, lmbda: float | None) -> CbpdnConfig:
-    """Return sparse coding with another lmbda, and rho scaled like sporco's rule 50 lmbda + 1.
-
-    The ratio of the two is the threshold of an iteration; with rho left as it was, a fixed number of
-    iterations would end far from the optimum for a lmbda far from the artifact's.
-    """
-    if lmbda is None or lmbda == cbpdn.lmbda:
-        return cbpdn
-    rho = None if cbpdn.rho is None else cbpdn.rho * (50 * lmbda + 1) / (50 * cbpdn.lmbda + 1)
-    return CbpdnConfig(**{**cbpdn.model_dump(), "lmbda": lmbda, "rho": rho})
+def with_lmbda(cbpdn: CbpdnConfig, lmbda: float | None) -> CbpdnConfig:
+    """Return sparse coding with another lmbda, see `CbpdnConfig.stronger`; None leaves it."""
+    return cbpdn if lmbda in (None, cbpdn.lmbda) else cbpdn.stronger(lmbda / cbpdn.lmbda)
 
 
 def _bundle(request: BuildRequest) -> Bundle:
     bundle = load_bundle(request.artifact)
-    cbpdn = with_strength(bundle.config.cbpdn, request.parameters.get("lmbda"))
+    cbpdn = with_lmbda(bundle.config.cbpdn, request.parameters.get("lmbda"))
     return replace(bundle, config=bundle.config.model_copy(update={"cbpdn": cbpdn}))
 
 
@@ -119,7 +112,7 @@ def _pixel_defend(request: BuildRequest) -> Defense:
 
 def _stl(request: BuildRequest) -> Defense:
     learnt = load_global_dictionary(Path(request.artifact))
-    cbpdn = with_strength(learnt.cbpdn, request.parameters["lmbda"])
+    cbpdn = with_lmbda(learnt.cbpdn, request.parameters["lmbda"])
     return DictionaryDefense(learnt.atoms, cbpdn, learnt.tikhonov, request.device)
 
 

@@ -16,7 +16,14 @@ from acsr_ray.evaluation.defenses import DefenseConfig
 from acsr_ray.models.targets import TargetConfig
 
 Knowledge = Literal[
-    "gray_box", "transfer", "bpda", "white_box", "white_box_fixed", "low_frequency", "selection"
+    "gray_box",
+    "transfer",
+    "transfer_purifier",
+    "bpda",
+    "white_box",
+    "white_box_fixed",
+    "low_frequency",
+    "selection",
 ]
 CLEAN = "clean"
 
@@ -66,11 +73,14 @@ class SweepAttack(Described):
     """The attack and its budget."""
     knowledge: Knowledge = "gray_box"
     """What the gradients or queries go through: the bare target (`gray_box`), another bare target
-    (`transfer`), target and defence with the identity as the defence's gradient (`bpda`), both with true
-    gradients (`white_box`; with the dictionaries chosen once for the clean image, `white_box_fixed`), both,
-    perturbing low frequencies only (`low_frequency`), or the encoder's choice of a cluster (`selection`)."""
+    (`transfer`), the target behind another defence (`transfer_purifier`), target and defence with the
+    identity as the defence's gradient (`bpda`), both with true gradients (`white_box`; with the dictionaries
+    chosen once for the clean image, `white_box_fixed`), both, perturbing low frequencies only
+    (`low_frequency`), or the encoder's choice of a cluster (`selection`)."""
     source: str | None = None
     """`transfer`: name of the target it is crafted on."""
+    through: str | None = None
+    """`transfer_purifier`: name of the defence in the grid whose true gradients it follows."""
     calibrate_to: float | None = Field(None, ge=0, le=1)
     """Accuracy of the bare target, as a share of its clean accuracy, that the budget is calibrated to on the
     validation split (METHOD, B0); None takes the budget as it stands."""
@@ -86,7 +96,7 @@ class SweepAttack(Described):
     @property
     def adaptive(self) -> bool:
         """Whether the attack depends on the defence."""
-        return self.knowledge not in ("gray_box", "transfer")
+        return self.knowledge not in ("gray_box", "transfer", "transfer_purifier")
 
     @property
     def random(self) -> bool:
@@ -97,6 +107,8 @@ class SweepAttack(Described):
     def _check(self) -> Self:
         if (self.knowledge == "transfer") != (self.source is not None):
             raise ValueError("transfer, and only transfer, has a source")
+        if (self.knowledge == "transfer_purifier") != (self.through is not None):
+            raise ValueError("transfer_purifier, and only transfer_purifier, goes through another defence")
         if self.calibrate_to is not None and self.knowledge != "gray_box":
             raise ValueError("only gray_box budgets are calibrated")
         return self
@@ -172,7 +184,7 @@ class Grid(Described):
         for attack in self.attacks:
             if attack.source and attack.source not in known:
                 raise ValueError(f"unknown source {attack.source!r}{did_you_mean(attack.source, known)}")
-            for name in attack.defenses or ():
+            for name in (*(attack.defenses or ()), *([attack.through] if attack.through else [])):
                 if name not in defended:
                     raise ValueError(f"unknown defence {name!r}{did_you_mean(name, defended)}")
         needs = self.choose or any(attack.calibrate_to is not None for attack in self.attacks)

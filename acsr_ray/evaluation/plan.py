@@ -8,6 +8,7 @@ makes other units and leaves the rest in the cache.
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -15,6 +16,8 @@ from acsr_ray.attacks.spec import AttackConfig
 from acsr_ray.corpus.labelled import read_labelled
 from acsr_ray.evaluation.cells import Chunk, fingerprint
 from acsr_ray.evaluation.grid import CLEAN, EvaluationData, Grid, SweepAttack, SweepDefense, SweepTarget
+
+NamedT = TypeVar("NamedT", SweepTarget, SweepDefense)
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,8 @@ def plan_units(
                     count = _limited(attack, loaded.chunks[chunk_index])
                     for seed, defense in _met(used, count, grid.seeds, defenses):
                         seen = defense if attack.adaptive else None
+                        if attack.through is not None:
+                            seen = _named(grid.defenses, attack.through)
                         key = _attack_key(
                             used, crafted, count, defense_digests[seen.name] if seen else None, seed
                         )
@@ -189,8 +194,8 @@ def _attack_key(
             "attack",
             *crafted,
             attack.attack.identity(),
-            attack.knowledge if attack.adaptive else "bare",
-            attack.eot_samples if attack.adaptive else 1,
+            attack.knowledge if seen is not None else "bare",
+            attack.eot_samples if seen is not None else 1,
             count,
             seen,
             seed,
@@ -211,5 +216,5 @@ def _limited(attack: SweepAttack, chunk: Chunk) -> int | None:
     return None if left >= len(chunk) else max(0, left)
 
 
-def _named(targets: Sequence[SweepTarget], name: str) -> SweepTarget:
-    return next(target for target in targets if target.name == name)
+def _named(entries: Sequence[NamedT], name: str) -> NamedT:
+    return next(entry for entry in entries if entry.name == name)

@@ -11,7 +11,13 @@ from pathlib import Path
 from acsr_ray.evaluation.grid import Grid, GridError
 from acsr_ray.evaluation.own_grids import adaptive, graybox
 from acsr_ray.evaluation.paper_grids import figure2, figure3, figure4, table1, table2, table3, table4, table5
-from acsr_ray.evaluation.purifier_grids import purifier, purifier_calibrated
+from acsr_ray.evaluation.purifier_grids import (
+    ablations,
+    purifier,
+    purifier_adaptive,
+    purifier_calibrated,
+    purifier_imagenet,
+)
 from acsr_ray.evaluation.recipes import Place, Variant, needed_artifacts, recipe
 
 PRESETS: Mapping[str, Callable[[Place], Grid]] = {
@@ -25,6 +31,9 @@ PRESETS: Mapping[str, Callable[[Place], Grid]] = {
     "table graybox": graybox,
     "table purifier": purifier,
     "table purifier-b0": purifier_calibrated,
+    "table purifier-imagenet": purifier_imagenet,
+    "table purifier-ablations": ablations,
+    "table purifier-adaptive": purifier_adaptive,
     "figure 2": figure2,
     "figure 3": figure3,
     "figure 4": figure4,

@@ -8,6 +8,7 @@ from typing import Literal
 
 from acsr_ray.evaluation.encoder_recipes import encoder_arguments, schedule_of
 from acsr_ray.evaluation.grid import Grid, GridError
+from acsr_ray.evaluation.purifier_recipes import SHARDS, purifier_arguments
 
 Variant = Literal["small", "full"]
 
@@ -67,6 +68,19 @@ class Place:
     def encoder(self, name: str) -> Path:
         """Return the folder of an encoder of table 1."""
         return self.artifacts / "encoders" / f"cifar10-{schedule_of(self.small).architecture}" / name
+
+    def reconstruction(self, name: str) -> Path:
+        """Return the folder of a bundle whose reconstruction was trained for the ablations."""
+        return self.artifacts / "bundles" / f"cifar10-{name}"
+
+    @property
+    def surrogates(self) -> tuple[Path, Path, Path]:
+        """Return what purifiers are trained against; no target of a grid that judges them is among them."""
+        return (
+            self.encoder("baseline"),
+            self.target("cifar10", "alexnet"),
+            self.encoder("pgdat"),
+        )
 
     def bundle_of(self, data: str) -> str:
         """Return the bundle that purifies a data set; content filters are out of distribution (T5)."""
@@ -135,7 +149,18 @@ def recipe(path: Path, place: Place) -> list[str]:
         if steps is not None:
             flags += [f"--{made.replace('_', '-')}.steps", str(steps)]
         return [_command("train_defense", data, path, place, flags, validated=False)]
+    if kind == "bundles":
+        return _purifier_commands(path, place)
     return _encoder_commands(path, place)
+
+
+def _purifier_commands(path: Path, place: Place) -> list[str]:
+    """Return the commands of an ablation's purifier and, before it, of its surrogates."""
+    name = path.name.removeprefix("cifar10-")
+    flags, needed = purifier_arguments(name, place.surrogates, place.bundle, place.small)
+    before = [command for artifact in needed for command in _unless_there(artifact, place)]
+    shards = SHARDS[place.small]
+    return [*before, _command("train_purifier", "cifar10", path, place, flags, shards=shards)]
 
 
 def _encoder_commands(path: Path, place: Place) -> list[str]:
@@ -190,9 +215,18 @@ def target_flags(data: str, architecture: str, adversarial: bool, place: Place) 
 
 
 def _command(
-    job: str, data: str, output: Path, place: Place, flags: Sequence[str], *, validated: bool = True
+    job: str,
+    data: str,
+    output: Path,
+    place: Place,
+    flags: Sequence[str],
+    *,
+    validated: bool = True,
+    shards: int | None = None,
 ) -> str:
+    """Return a command line; `shards` takes only the first so many of the training split."""
     train, validation, _ = place.splits(data)
+    train = train[:shards]
     parts = ["python", f"jobs/{job}.py", "--train", *train]
     if validated:
         parts += ["--validation", *validation]

@@ -44,7 +44,7 @@ class RiskCoverage:
     """Error rate among the most confident images, by how many of them are answered."""
 
     coverage: NDArray[np.float64]
-    """(N,) 1/N, 2/N, ..., 1."""
+    """(N,) rising to 1: 1/N, 2/N, ..., 1 where all images weigh the same."""
     risk: NDArray[np.float64]
     """(N,) share of wrong ones among that share of images; the last is the error rate."""
     aurc: float
@@ -105,7 +105,9 @@ def paired_difference(first: ArrayLike, second: ArrayLike) -> PairedDifference:
     return PairedDifference(value, max(-1.0, low), min(1.0, high), count)
 
 
-def risk_coverage(correct: ArrayLike, confidence: ArrayLike) -> RiskCoverage:
+def risk_coverage(
+    correct: ArrayLike, confidence: ArrayLike, weights: ArrayLike | None = None
+) -> RiskCoverage:
     """Order images by confidence and return the error rate of every leading share.
 
     Images of equal confidence share their mean error, as if in random order, so the curve does not depend on
@@ -114,15 +116,21 @@ def risk_coverage(correct: ArrayLike, confidence: ArrayLike) -> RiskCoverage:
     Args:
         correct: (N,) bool.
         confidence: (N,) finite; only its order counts.
+        weights: (N,) > 0, how often each image occurs; all the same when omitted.
     """
     hits, scores = _outcomes(correct), np.asarray(confidence, np.float64)
     if scores.shape != hits.shape or not np.isfinite(scores).all():
         raise ValueError(f"need {len(hits)} finite confidences, got shape {scores.shape}")
-    _, group, sizes = np.unique(-scores, return_inverse=True, return_counts=True)
-    errors_of = np.bincount(group, weights=~hits) / sizes
-    answered = np.arange(1, len(hits) + 1)
-    risk = np.cumsum(np.repeat(errors_of, sizes)) / answered
-    return RiskCoverage(answered / len(hits), risk, float(risk.mean()))
+    mass = np.ones(len(hits)) if weights is None else np.asarray(weights, np.float64)
+    if mass.shape != hits.shape or not (np.isfinite(mass) & (mass > 0)).all():
+        raise ValueError(f"need {len(hits)} positive weights, got shape {mass.shape}")
+    _, group = np.unique(-scores, return_inverse=True)
+    errors_of = np.bincount(group, weights=mass * ~hits) / np.bincount(group, weights=mass)
+    order = np.argsort(group, kind="stable")
+    shares = mass[order]
+    answered = np.cumsum(shares)
+    risk = np.cumsum(errors_of[group[order]] * shares) / answered
+    return RiskCoverage(answered / answered[-1], risk, float(np.average(risk, weights=shares)))
 
 
 def macro_scores(labels: ArrayLike, scores: ArrayLike) -> MacroScores:

@@ -55,8 +55,9 @@ def attack_table(scene: Scene) -> Table:
         # What does not see the defence is one attack for all of them.
         for name, cell in cells if attack.adaptive else cells[:1]:
             shown = cell if attack.adaptive else scene.cell(attack.name, NONE)
-            # Unrounded images were shown to the source alone.
-            floats = ABSENT if attack.knowledge == "transfer" else str(cell.float_accuracy)
+            # Unrounded images were shown to the source, or to the other defence, alone.
+            elsewhere = attack.knowledge.startswith("transfer")
+            floats = ABSENT if elsewhere else str(cell.float_accuracy)
             rows.append(
                 (
                     attack.name,

@@ -84,8 +84,7 @@ def encode(model: WideResNet, images: Tensor, image_size: int) -> Tensor:
     A copy resized to `image_size` is encoded. The model always sees `ENCODER_MICRO_BATCH` images; the last
     call is padded with zeros.
     """
-    if images.shape[-2:] != (image_size, image_size):
-        images = torch.cat([_resize(image, image_size) for image in images.split(1)])
+    images = fit_to(images, image_size)
     latents = []
     for start in range(0, len(images), ENCODER_MICRO_BATCH):
         part = images[start : start + ENCODER_MICRO_BATCH]
@@ -93,6 +92,16 @@ def encode(model: WideResNet, images: Tensor, image_size: int) -> Tensor:
         padded = pad_batch(part, ENCODER_MICRO_BATCH).contiguous()
         latents.append(model.latent(padded)[: len(part)])
     return torch.cat(latents) if latents else images.new_zeros((0, model.latent_length))
+
+
+def fit_to(images: Tensor, size: int) -> Tensor:
+    """Return images (N, C, H, W) as (N, C, size, size), the same for an image whatever its neighbours.
+
+    Bilinear with antialiasing; images of that size are returned as they are.
+    """
+    if images.shape[-2:] == (size, size) or not len(images):
+        return images
+    return torch.cat([_resize(image, size) for image in images.split(1)])
 
 
 def _resize(image: Tensor, size: int) -> Tensor:

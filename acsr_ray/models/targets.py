@@ -200,6 +200,12 @@ def load_target(location: str, device: str = "cpu", config: TargetConfig | None 
     return replace(target, model=target.model.eval().to(device))
 
 
+def absolute_location(location: str) -> str:
+    """Return a target's location as workers in other folders find it: paths that exist become absolute."""
+    path = Path(location)
+    return str(path.resolve()) if path.exists() else location
+
+
 def initialize_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
     """Load pretrained weights into a network in place, for transfer learning.
 

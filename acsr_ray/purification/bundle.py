@@ -51,8 +51,8 @@ class AutoStrength(Described):
     s = clip(1 + slope (level / reference - 1), low, high); levels as by `acsr_ray.sparse.noise`.
     """
 
-    reference: float = Field(0.012, gt=0)
-    """Noise level on the [0, 1] pixel scale at which the strength is 1: the median of clean images."""
+    reference: float = Field(0.018, gt=0)
+    """Noise level on the [0, 1] pixel scale where the strength is 1: the median of clean CIFAR-10 images."""
     slope: float = Field(0.5, ge=0)
     """Change of the strength when the level changes by the reference."""
     low: float = Field(0.5, gt=0)
@@ -144,19 +144,15 @@ def save_bundle(directory: Path, bundle: Bundle, content: Mapping[str, Any], *, 
         directory: where; an older bundle there is withdrawn first.
         bundle: what to write.
         content: provenance for the manifest (training data digest, metrics).
-        half: encoder weights and whitening in half precision; they are computed with in single precision.
+        half: weights and whitening in half precision; they are computed with in single precision.
     """
     begin_artifact(directory)
-    weights = {
-        name: tensor.half() if half and tensor.is_floating_point() else tensor
-        for name, tensor in bundle.encoder.items()
-    }
-    save_tensors(directory / ENCODER, weights)
+    save_tensors(directory / ENCODER, _stored(bundle.encoder, half))
     save_tensors(directory / CLUSTERS, bundle.gaussians.pack(half=half))
     save_tensors(directory / DICTIONARIES, {"atoms": bundle.atoms.float()})
     files = [ENCODER, CLUSTERS, DICTIONARIES]
     if bundle.reconstruction:
-        save_tensors(directory / RECONSTRUCTION, bundle.reconstruction)
+        save_tensors(directory / RECONSTRUCTION, _stored(bundle.reconstruction, half))
         files.append(RECONSTRUCTION)
     manifest = {
         "algorithm_version": ALGORITHM_VERSION,
@@ -164,6 +160,13 @@ def save_bundle(directory: Path, bundle: Bundle, content: Mapping[str, Any], *, 
         **content,
     }
     finish_artifact(directory, "bundle", files, manifest)
+
+
+def _stored(weights: Mapping[str, Tensor], half: bool) -> dict[str, Tensor]:
+    return {
+        name: tensor.half() if half and tensor.is_floating_point() else tensor
+        for name, tensor in weights.items()
+    }
 
 
 def load_bundle(location: str | Path) -> Bundle:
@@ -185,6 +188,7 @@ def load_bundle(location: str | Path) -> Bundle:
     gaussians = Gaussians.unpack(load_tensors(directory / CLUSTERS))
     atoms = load_tensors(directory / DICTIONARIES)["atoms"].float()
     weights = load_tensors(directory / RECONSTRUCTION) if learnt else {}
+    weights = {name: tensor.float() for name, tensor in weights.items()}
     return Bundle(config, load_tensors(directory / ENCODER), gaussians, atoms, weights)
 
 

@@ -16,8 +16,9 @@ class PurifyOptions(Described):
     reconstruction: Reconstruction | None = None
     """`cbpdn`, the paper's, or `unrolled`, trained on attacks; None: the bundle's default."""
     strength: Strength = 1.0
-    """Factor on lmbda (cbpdn) or on every threshold (unrolled): above 1 more is taken away. `auto`: one for
-    each image, by its noise level and the bundle's `auto_strength`."""
+    """How much is taken away: a factor on lmbda (cbpdn), or on every threshold (unrolled; below 1, the part
+    of the change that is made). `auto`: one for each image, by its noise level and the bundle's
+    `auto_strength`."""
     top_k: int = Field(1, ge=1)
     """Reconstruct with so many nearest clusters and average; 1 is the paper. No effect on an unrolled network
     that all clusters share."""

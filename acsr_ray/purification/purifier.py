@@ -76,7 +76,9 @@ class Purifier(nn.Module):
         # Distances are summed in float64, so that a tie in float32 cannot fall either way.
         self.gaussians: Gaussians = bundle.gaussians.to(device, torch.float64)
         atoms = bundle.atoms.to(device)
-        self.solvers = [Cbpdn(dictionary, bundle.config.cbpdn) for dictionary in atoms]
+        strength = self.options.strength
+        cbpdn = bundle.config.cbpdn if strength == "auto" else bundle.config.cbpdn.stronger(strength)
+        self.solvers = [Cbpdn(dictionary, cbpdn) for dictionary in atoms]
         self.unrolled = None
         if self.config.reconstruction == "unrolled":
             self.unrolled = UnrolledReconstruction(bundle, device)
@@ -168,10 +170,13 @@ class Purifier(nn.Module):
         return self._outcome(images, rebuilt.clamp(0, 1), selection, solved)
 
     def strengths(self, highpass: Tensor) -> Tensor | None:
-        """Return the strength (N,) for each high band; None where all are 1."""
+        """Return the factor (N,) on the thresholds for each high band; None where all are 1.
+
+        A fixed strength of sparse coding is in the solvers, whose rho follows it.
+        """
         if self.options.strength == "auto":
             return self.config.auto_strength.of(noise_level(highpass))
-        if self.options.strength == 1:
+        if self.unrolled is None or self.options.strength == 1:
             return None
         return highpass.new_full((len(highpass),), self.options.strength)
 

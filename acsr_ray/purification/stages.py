@@ -18,6 +18,7 @@ from acsr_ray.columns import (
     CLASS,
     CLUSTER,
     DISTANCE,
+    DOUBT,
     HEIGHT,
     INDEX,
     LATENT,
@@ -230,10 +231,12 @@ class WriteUnits:
             for pixels, height, width in _pixel_rows(table)
         ]
         quarantine = self._quarantine(table, unit)
-        outcome = table.select(OUTCOME.names)
-        purified = table.drop_columns([*TRAVELLING, *OUTCOME.names])
+        # Last, however early it was added.
+        ours = [*OUTCOME.names, *({DOUBT} & set(table.column_names))]
+        outcome = table.select(ours)
+        purified = table.drop_columns([*TRAVELLING, *ours])
         purified = _replace(purified, self.image_column, replace_bytes(original, encoded))
-        for field in OUTCOME:
+        for field in outcome.schema:
             purified = purified.append_column(field, outcome[field.name])
         if self.keep_original:
             kept = pa.array([i if e is not None else None for i, e in enumerate(encoded)], pa.int64())

@@ -49,7 +49,9 @@ class UnrolledReconstruction(nn.Module):
             lowpass: (N, 3, H, W).
             highpass: (N, 3, H, W).
             cluster: (N,) int64.
-            strength: (N,) factor on the thresholds of each image; 1 when omitted.
+            strength: (N,) of each image, 1 when omitted. Above 1 it is a factor on the thresholds; below,
+                where thresholds other than the trained ones would only blur, the part of the change that is
+                made.
         """
         height, width = lowpass.shape[-2:]
         small = height * width <= SMALL_PIXELS
@@ -59,7 +61,8 @@ class UnrolledReconstruction(nn.Module):
         grid = self.config.grid
         bands = F.pad(bands, (0, -width % grid, 0, -height % grid), mode="replicate")
         level = noise_level(highpass)
-        factor = torch.ones_like(level) if strength is None else strength
+        wanted = torch.ones_like(level) if strength is None else strength
+        factor = wanted.clamp(min=1)
         if self.config.sharing != "filters":
             rows = list(torch.arange(len(bands), device=bands.device).split(size))
         else:
@@ -69,7 +72,9 @@ class UnrolledReconstruction(nn.Module):
                 for part in (cluster == position).nonzero()[:, 0].split(size)
             ]
         results = [self._call(bands[r], cluster[r], level[r], factor[r], size) for r in rows]
-        return torch.cat(results)[torch.cat(rows).argsort()][..., :height, :width]
+        rebuilt = torch.cat(results)[torch.cat(rows).argsort()][..., :height, :width]
+        part = wanted.clamp(max=1).view(-1, 1, 1, 1)
+        return part * rebuilt + (1 - part) * (lowpass + highpass)
 
     def _call(self, bands: Tensor, cluster: Tensor, level: Tensor, factor: Tensor, size: int) -> Tensor:
         """Reconstruct at most `size` images, filled up to as many."""

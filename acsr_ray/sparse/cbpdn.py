@@ -40,6 +40,16 @@ class CbpdnConfig(Described):
         """The rho in use."""
         return 50 * self.lmbda + 1 if self.rho is None else self.rho
 
+    def stronger(self, factor: float) -> "CbpdnConfig":
+        """Return sparse coding with lmbda times a factor, and rho scaled like sporco's rule 50 lmbda + 1.
+
+        The ratio of the two is the threshold of an iteration; with rho left as it was, a fixed number of
+        iterations would end far from the optimum.
+        """
+        lmbda = self.lmbda * factor
+        rho = None if self.rho is None else self.rho * (50 * lmbda + 1) / (50 * self.lmbda + 1)
+        return self.model_copy(update={"lmbda": lmbda, "rho": rho})
+
 
 @dataclass(frozen=True)
 class CbpdnResult:

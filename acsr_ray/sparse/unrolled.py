@@ -1,14 +1,16 @@
 """Unrolled convolutional sparse coding: a few iterations of ISTA whose every filter and threshold is learnt.
 
-CBPDN (Eq. 6) solved by ISTA is z <- soft(z + E (h - D z), theta), where E = D^T / L is the analysis, theta is
-lmbda / L, and L the largest eigenvalue of D^T D. Cut to K iterations, with E, D and theta of each iteration
-free, it is a network (LISTA, Gregor and LeCun 2010) that starts as the solver and can be trained for its use.
-Ours and not the paper's:
+CBPDN (Eq. 6) by proximal steps is z <- soft(z + E (h - D z), theta), where D puts the atoms together and E
+analyses. With E = D^T / L, L the largest eigenvalue of D D^T, this is ISTA; with E = D^T (D D^T + rho)^-1,
+the x-step of ADMM, a few steps already describe all but the noise, since atoms that overlap no longer slow
+each other down. Cut to K iterations, with E, D and theta of each iteration free, it is a network (LISTA,
+Gregor and LeCun 2010) that starts as the solver and can be trained for its use. Ours and not the paper's:
 
 - Atoms are `stride` pixels apart, so there are stride^2 times fewer coefficients and products.
 - The codes may be coded again by deeper dictionaries at half the resolution each (multi-layer sparse coding,
-  Sulam et al. 2018): an iteration goes down through the layers and up again. The deeper layers see more of
-  the image, which a perturbation of low frequency needs.
+  Sulam et al. 2018): an iteration goes down through the layers and up again, where what a deeper code
+  explains is added before the threshold. The deeper layers see more of the image, which a perturbation of
+  low frequency needs; they explain nothing at first.
 - The low band of the Tikhonov split, which the paper passes on untouched, is coded beside the high band by
   the same maps. Its filters start at zero, so at first it passes.
 - theta may grow with the noise of the image (CDLNet, Janjusevic et al. 2022).
@@ -33,13 +35,12 @@ from acsr_ray.sparse.prox import soft_threshold
 Sharing = Literal["global", "thresholds", "filters"]
 DEEPER_SUPPORT = 4
 DEEPER_STRIDE = 2
-POWER_STEPS = 30
-LIPSCHITZ_SIDE = 32
-"""Side in pixels of the image that L is measured on."""
+RIDGE_SIDE = 96
+"""Side in pixels of the image on which the starting analysis is computed."""
+RIDGE_SHARE = 0.2
+"""Its regularisation, as a share of the mean eigenvalue."""
 NOISE_UNIT = 0.01
 """Noise levels are given to the thresholds in this unit, about 2.5 grey levels."""
-DEEPER_SYNTHESIS = 0.3
-"""Length of the deeper layers' atoms at the start."""
 MID_GREY = 0.5
 
 
@@ -183,18 +184,25 @@ class _Member(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        # Filters and thresholds are stored in units of the solver's step, so that an optimiser which moves
+        analysis = ridge_analysis(atoms, config.stride)
+        # Filters and thresholds are stored in units of the analysis' size, so that an optimiser which moves
         # all parameters alike (Adam) moves them in proportion.
-        step = 1 / lipschitz(atoms, config.stride)
+        step = (analysis.norm() / atoms.norm()).item()
         self.step: Tensor
         self.register_buffer("step", torch.tensor(step))
         self.unit: Tensor
         self.register_buffer("unit", torch.tensor(lmbda * step))
-        first = torch.cat([atoms, torch.zeros_like(atoms)], 1) if config.low_band == "coded" else atoms
+        coded_low = config.low_band == "coded"
+
+        def banded(filters: Tensor) -> Tensor:
+            return torch.cat([filters, torch.zeros_like(filters)], 1) if coded_low else filters
+
         below = [filters / filters.flatten(1).norm(dim=1).view(-1, 1, 1, 1) for filters in deeper]
-        self.analysis = nn.ModuleList([_each(config, filters) for filters in (first, *below)])
+        self.analysis = nn.ModuleList(
+            [_each(config, filters) for filters in (banded(analysis / step), *below)]
+        )
         self.synthesis = nn.ModuleList(
-            [_each(config, first), *(_each(config, DEEPER_SYNTHESIS * filters) for filters in below)]
+            [_each(config, banded(atoms)), *(_each(config, torch.zeros_like(filters)) for filters in below)]
         )
         widths = (len(atoms), *config.deeper)
         self.thresholds = nn.ModuleList(_each(config, torch.ones(clusters, width)) for width in widths)
@@ -250,25 +258,26 @@ class _Member(nn.Module):
         # Codes are read by the filters of the iteration that made them; those of the last give the image.
         before = _at(self.synthesis, iteration - 1)
         strides = [self.config.stride, *[DEEPER_STRIDE] * len(self.config.deeper)]
-        new: list[Tensor] = []
+        reached: list[Tensor] = []
         above = signal
         for layer, stride in enumerate(strides):
             residual = above - _up(codes[layer], before[layer], stride) if codes else above
             update = _down(residual, down[layer], stride)
             if not layer:
                 update = self.step * update
-            above = soft_threshold(codes[layer] + update if codes else update, theta[layer])
-            new.append(above)
-        for layer in range(len(new) - 2, -1, -1):
-            explained = _up(new[layer + 1], up[layer + 1], DEEPER_STRIDE)
-            new[layer] = soft_threshold(new[layer] + explained, theta[layer])
+            reached.append(codes[layer] + update if codes else update)
+            above = soft_threshold(reached[layer], theta[layer])
+        new = [above]
+        for layer in range(len(reached) - 2, -1, -1):
+            explained = _up(new[0], up[layer + 1], DEEPER_STRIDE)
+            new.insert(0, soft_threshold(reached[layer] + explained, theta[layer]))
         return new
 
 
 def spread_atoms(atoms: Tensor, count: int) -> Tensor:
     """Choose atoms that differ most: pivoted QR, each the one with most left beside those before it.
 
-    Dictionaries of many clusters have near copies of some atoms, which would only make L large.
+    Dictionaries of many clusters have near copies of some atoms, which would only make D D^T worse to invert.
 
     Args:
         atoms: (K, M, C, h, w) of all clusters.
@@ -292,17 +301,36 @@ def _up(code: Tensor, filters: Tensor, stride: int) -> Tensor:
     return F.conv_transpose2d(code, filters, stride=stride, padding=(filters.shape[-1] - stride) // 2)
 
 
-def lipschitz(atoms: Tensor, stride: int) -> float:
-    """Return L, the largest eigenvalue of D^T D for atoms (M, C, s, s) `stride` pixels apart, estimated."""
-    side = LIPSCHITZ_SIDE
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randn((1, atoms.shape[1], side, side), generator=generator).to(atoms)
-    size = 0.0
-    with torch.no_grad():
-        for _ in range(POWER_STEPS):
-            image = _up(_down(image / image.norm(), atoms, stride), atoms, stride)
-            size = image.norm().item()
-    return size
+def ridge_analysis(atoms: Tensor, stride: int, rho: float | None = None) -> Tensor:
+    """Return the filters of E = D^T (D D^T + rho)^-1 for atoms `stride` pixels apart, cut to their support.
+
+    Neighbouring pixels of a cell of stride x stride are channels of a coarser image, on which D is a plain
+    convolution and diagonal over frequencies.
+
+    Args:
+        atoms: (M, C, s, s).
+        stride: pixels between positions of an atom.
+        rho: regularisation; by default a fifth of the mean eigenvalue of D D^T.
+
+    Returns:
+        (M, C, s, s), to be correlated with the image at every position of an atom.
+    """
+    count, channels, support, _ = atoms.shape
+    side = RIDGE_SIDE // stride
+    cells = -(-support // stride)
+    # (M, C stride^2, cells, cells): what an atom puts into each cell.
+    padded = F.pad(atoms.double(), (0, cells * stride - support) * 2)
+    folded = F.pixel_unshuffle(padded, stride)
+    forward = torch.fft.fft2(folded, s=(side, side)).permute(2, 3, 1, 0)
+    gram = forward @ forward.mH
+    pixels = channels * stride**2
+    identity = torch.eye(pixels, dtype=gram.dtype)
+    if rho is None:
+        rho = RIDGE_SHARE * gram.diagonal(dim1=-2, dim2=-1).real.mean().item()
+    inverse = torch.linalg.inv(gram + rho * identity) @ forward
+    filters = torch.fft.ifft2(inverse.permute(3, 2, 0, 1)).real[..., :cells, :cells]
+    unfolded = F.pixel_shuffle(filters.reshape(count, pixels, cells, cells), stride)
+    return unfolded[..., :support, :support].to(atoms)
 
 
 def _at(layers: nn.ModuleList, iteration: int) -> list[Tensor]:

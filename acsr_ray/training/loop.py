@@ -66,7 +66,7 @@ class AdamConfig(OptimizerConfig):
 
     batch_size: int = Field(64, gt=0)
     """Images per step."""
-    peak_lr: float = Field(2e-3, gt=0)
+    peak_lr: float = Field(1.5e-3, gt=0)
     """Largest learning rate (Adam; one-cycle moves beta_1 between 0.95 and 0.85)."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay."""

@@ -11,7 +11,6 @@ the multiplier the accuracy (proxy Lagrangian, Cotter et al. 2019).
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +25,7 @@ from acsr_ray.corpus.units import Unit
 from acsr_ray.models.targets import load_target
 from acsr_ray.purification.bundle import Bundle, load_bundle
 from acsr_ray.purification.purifier import Purifier
+from acsr_ray.purification.unrolled import restore_unrolled
 from acsr_ray.sparse.prox import project_atoms
 from acsr_ray.sparse.tikhonov import tikhonov_split
 from acsr_ray.sparse.unrolled import UnrolledConfig, UnrolledCsc, spread_atoms
@@ -37,8 +37,8 @@ from acsr_ray.training.pairs import PairConfig, Recipe, attack_pairs, draw_pairs
 EVALUATION_IMAGES = 500
 MULTIPLIER_RATE = 2.0
 """How much faster than a weight the multiplier's parameter moves."""
-MULTIPLIER_RANGE = (0.01, 100.0)
-"""The multiplier starts at their geometric mean."""
+MULTIPLIER_RANGE = (0.2, 5.0)
+"""The multiplier starts at their geometric mean. A bound that cannot be met yet must not drown the rest."""
 
 
 class SurrogateConfig(Described):
@@ -95,8 +95,10 @@ class PurifierTraining(Described):
     """The network."""
     atoms: int
     """M: atoms of its first layer."""
-    init: Literal["dictionary", "random"]
-    """`random`: unlearnt atoms, the control."""
+    init: str
+    """`dictionary`, `random` (unlearnt atoms, the control), or a bundle whose network to start from."""
+    init_digest: str | None
+    """Of that bundle."""
     pairs: PairConfig
     """Attacked images."""
     loss: LossConfig
@@ -108,6 +110,8 @@ class PurifierTraining(Described):
 
     def build(self) -> nn.Module:
         """Return the network as it starts."""
+        if self.init_digest is not None:
+            return ConstrainedPurifier(restore_unrolled(load_bundle(self.init)))
         bundle = load_bundle(self.bundle)
         generator = torch.Generator().manual_seed(self.seed)
         reconstruction = UnrolledCsc(

@@ -29,12 +29,14 @@ class TrainingShards:
         return sum(unit.num_rows for unit in self.units)
 
 
-def plan_training(locations: Sequence[str], lanes: int) -> TrainingShards:
+def plan_training(locations: Sequence[str], lanes: int, *, purified: bool = False) -> TrainingShards:
     """Cut labelled shards into units small enough for every lane to have several.
 
     Args:
         locations: Parquet files or folders of them, with columns `image` and `label`.
         lanes: see `acsr_ray.training.order`.
+        purified: whether shards that were purified before will do; a row that was refused there counts as
+            unreadable.
 
     Raises:
         CorpusError: no shard, a missing column, a null label, or one that has no name.
@@ -63,7 +65,12 @@ def plan_training(locations: Sequence[str], lanes: int) -> TrainingShards:
         unit
         for uri in shards
         for unit in plan_units(
-            uri, image_column=IMAGE, unit_rows=rows, unit_megabytes=UNIT_MEGABYTES, limit=None
+            uri,
+            image_column=IMAGE,
+            unit_rows=rows,
+            unit_megabytes=UNIT_MEGABYTES,
+            limit=None,
+            purified=purified,
         )
     ]
     return TrainingShards(tuple(units), names or tuple(str(label) for label in range(largest + 1)))

@@ -9,7 +9,7 @@ from acsr_ray.config import ConfigError
 from acsr_ray.distributed.recipe import MakeBundleSettings, make_bundle, plan_recipe
 from acsr_ray.purification.bundle import load_bundle
 
-JOBS = ["train_baseline", "learn_semantics", "train_robust", "build_bundle"]
+JOBS = ["train_baseline", "learn_semantics", "train_robust", "build_bundle", "train_purifier"]
 
 
 def recipe(folder, shard):
@@ -54,6 +54,17 @@ def recipe(folder, shard):
             "gaussians": "baseline",
             "selection": "mahalanobis",
         },
+        "train_purifier": {
+            **common,
+            "bundle": str(folder / "bundle"),
+            "surrogates": [baseline],
+            "output": str(folder / "purifier"),
+            "image_size": 16,
+            "atoms": 2,
+            "network": {"iterations": 1, "stride": 1, "deeper": []},
+            "optimizer": optimizer,
+            "run": here,
+        },
     }
 
 
@@ -84,12 +95,15 @@ def test_stages_run_once_and_a_change_runs_what_depends_on_it(written, tmp_path,
     assert set(reasons(path).values()) == {
         "not there yet",
         "its baseline is made anew",
+        "its bundle is made anew",
     }
     planned = make_bundle(MakeBundleSettings(recipe=path, dry_run=True))
     assert planned["run now"] == []
     assert not (tmp_path / "baseline").exists()
     assert make_bundle(MakeBundleSettings(recipe=path))["run now"] == JOBS
-    assert load_bundle(tmp_path / "bundle").config.name == "tints"
+    assert load_bundle(tmp_path / "bundle").config.reconstruction == "cbpdn"
+    trained = load_bundle(tmp_path / "purifier").config
+    assert (trained.name, trained.reconstruction) == ("tints", "unrolled")
     assert set(reasons(path).values()) == {None}
     again = make_bundle(MakeBundleSettings(recipe=path))
     assert (again["run now"], again["done before"]) == ([], JOBS)
@@ -103,10 +117,17 @@ def test_stages_run_once_and_a_change_runs_what_depends_on_it(written, tmp_path,
         "learn_semantics": None,
         "train_robust": "made with other settings: alpha",
         "build_bundle": "its robust is made anew",
+        "train_purifier": "its bundle is made anew",
     }
     assert make_bundle(MakeBundleSettings(recipe=path))["run now"] == JOBS[2:]
     path = written(build_bundle__name="other")
     assert reasons(path)["build_bundle"] == "made with other settings"
+    assert reasons(written(build_bundle__name="tints", train_purifier__atoms=1)) == {
+        **dict.fromkeys(JOBS),
+        "train_purifier": "made with other settings",
+    }
+    path = written(train_purifier__atoms=2, train_purifier__surrogates=[str(tmp_path / "robust")])
+    assert reasons(path)["train_purifier"] in ("made with other settings", "trained against other surrogates")
     shard = tmp_path / "train.parquet"
     before = shard.read_bytes()
     pq.write_table(pq.read_table(shard).slice(1), shard)
@@ -121,6 +142,14 @@ def test_stages_run_once_and_a_change_runs_what_depends_on_it(written, tmp_path,
 def test_stages_must_hand_their_folders_on(written, tmp_path):
     with pytest.raises(ConfigError, match=r"train_robust\.semantics is .*elsewhere"):
         plan_recipe(written(train_robust__semantics=str(tmp_path / "elsewhere")))
+
+
+def test_the_last_stage_may_be_left_out(written):
+    path = written()
+    content = yaml.safe_load(path.read_text())
+    del content["train_purifier"]
+    path.write_text(yaml.safe_dump(content))
+    assert list(reasons(path)) == JOBS[:-1]
 
 
 def test_every_stage_has_its_section(written):

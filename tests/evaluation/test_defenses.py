@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from acsr_ray.artifacts import ArtifactError
 from acsr_ray.config import ConfigError
 from acsr_ray.defenses.quilting import PatchBankConfig, collect_patches, save_patch_bank
-from acsr_ray.evaluation.defense_registry import DEFENSES, with_strength
+from acsr_ray.evaluation.defense_registry import DEFENSES, with_lmbda
 from acsr_ray.evaluation.defenses import DefenseConfig, build_defense, defense_digest, defense_label
 from acsr_ray.models.autoencoder import Autoencoder, AutoencoderConfig, save_autoencoder
 from acsr_ray.models.pixel_cnn import PixelCnn, PixelCnnConfig, save_pixel_cnn
@@ -324,12 +324,12 @@ def test_strengths_reach_the_defense(name, config_of, images):
 
 def test_strength_of_sparse_coding_scales_the_penalty():
     config = CbpdnConfig(lmbda=0.1, iterations=30, rho=4.0)
-    assert with_strength(config, None) is config
-    assert with_strength(config, 0.1) is config
-    stronger = with_strength(config, 0.3)
+    assert with_lmbda(config, None) is config
+    assert with_lmbda(config, 0.1) is config
+    stronger = with_lmbda(config, 0.3)
     assert (stronger.lmbda, stronger.iterations) == (0.3, 30)
     assert stronger.penalty == pytest.approx(4.0 * 16 / 6)
-    assert with_strength(CbpdnConfig(), 0.3).penalty == pytest.approx(16)
+    assert with_lmbda(CbpdnConfig(), 0.3).penalty == pytest.approx(16)
 
 
 @pytest.fixture(scope="module")
@@ -357,7 +357,7 @@ def test_acsr_with_options_is_the_purifier_with_them(options, learnt, images):
 def test_strength_and_lmbda_of_acsr_multiply(config_of, images):
     both = build_defense(config_of("acsr", lmbda=0.2, strength=1.5))(images)
     bundle = load_bundle(config_of("acsr").artifact)
-    cbpdn = with_strength(bundle.config.cbpdn, 0.2)
+    cbpdn = with_lmbda(bundle.config.cbpdn, 0.2)
     scaled = bundle.config.model_copy(update={"cbpdn": cbpdn})
     purifier = Purifier(replace(bundle, config=scaled), options=PurifyOptions(strength=1.5))
     assert torch.equal(both, purifier(images))

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from acsr_ray.evaluation.intervals import wilson_share
+from acsr_ray.evaluation.intervals import score_share, wilson_share
 
 
 @pytest.mark.parametrize(("successes", "count"), [(0, 1), (1, 1), (0, 50), (50, 50), (7, 10), (912, 1000)])
@@ -52,3 +52,15 @@ def test_percent():
 def test_impossible_counts_are_refused(successes, count):
     with pytest.raises(ValueError, match="need 0 <= successes"):
         wilson_share(successes, count)
+
+
+def test_the_interval_of_a_mean_is_that_of_as_many_trials():
+    assert score_share(7 / 10, 10) == wilson_share(7, 10)
+    between = score_share(0.705, 1000)
+    assert wilson_share(700, 1000).low < between.low < wilson_share(710, 1000).low
+
+
+@pytest.mark.parametrize(("value", "count"), [(0.5, 0), (-0.1, 5), (1.1, 5), (float("nan"), 5)])
+def test_means_that_are_no_share_are_refused(value, count):
+    with pytest.raises(ValueError, match="need 0 <= value"):
+        score_share(value, count)

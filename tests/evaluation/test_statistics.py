@@ -136,6 +136,23 @@ def test_risk_coverage_ignores_the_order_of_rows_and_the_scale(data, seed):
     np.testing.assert_allclose(shuffled.risk, curve.risk, atol=1e-12)
 
 
+def test_a_weight_is_a_number_of_images():
+    correct = np.array([True, False, True, False, True])
+    confidence, times = np.array([0.9, 0.8, 0.8, 0.3, 0.1]), np.array([1, 2, 3, 1, 2])
+    weighted = risk_coverage(correct, confidence, times)
+    repeated = risk_coverage(correct.repeat(times), confidence.repeat(times))
+    last = times.cumsum() - 1
+    np.testing.assert_allclose(weighted.coverage, repeated.coverage[last])
+    np.testing.assert_allclose(weighted.risk, repeated.risk[last])
+    assert weighted.aurc == pytest.approx(np.average(weighted.risk, weights=times))
+
+
+@pytest.mark.parametrize("weights", [np.ones(3), np.array([1, 0.0]), np.array([1, np.inf])])
+def test_weights_that_are_none_are_refused(weights):
+    with pytest.raises(ValueError, match="2 positive weights"):
+        risk_coverage(np.array([True, False]), np.zeros(2), weights)
+
+
 def test_equal_confidences_carry_no_information():
     curve = risk_coverage(np.array([True] * 3 + [False]), np.zeros(4))
     assert curve.risk.tolist() == pytest.approx([0.25] * 4)

@@ -106,6 +106,10 @@ MISSING = {
     "make_bundle": (["--recipe", "/nowhere.yaml"], "/nowhere.yaml does not exist"),
     "train_purifier": (["--train", "/nowhere", "--surrogates", "/nowhere/t"], "no target '/nowhere/t'"),
     "train_target": (["--train", "/nowhere"], "/nowhere does not exist"),
+    "finetune_target": (
+        ["--train", "/nowhere", "--validation", "/nowhere", "--target", "/nowhere/t"],
+        "cannot fine-tune '/nowhere/t'",
+    ),
     "sweep_attacks": (["--grid", "/nowhere.yaml"], "/nowhere.yaml is not readable YAML"),
     "train_defense": (["--kind", "magnet", "--train", "/nowhere"], "/nowhere does not exist"),
     "prepare_corpus": (["--dataset", "cifar10", "--source", "/nowhere"], "source /nowhere does not exist"),
@@ -114,6 +118,7 @@ MISSING = {
         "no semantics at /nowhere/s",
     ),
     "compare_attacks": (["--target", "/nowhere", "--test", "/nowhere"], "/nowhere does not exist"),
+    "calibrate_doubt": (["--validation", "/nowhere"], "/nowhere does not exist"),
     "train_baseline": (["--train", "/nowhere/a.parquet"], "/nowhere/a.parquet does not exist"),
     "learn_semantics": (["--train", "/nowhere", "--baseline", "/nowhere/b"], "no baseline at /nowhere/b"),
     "train_robust": (

@@ -67,10 +67,11 @@ def test_options_spelled_out_are_the_defaults(kind, tiny_bundle, unrolled_bundle
 
 
 @pytest.mark.parametrize("strength", [0.5, 3.0])
-def test_strength_scales_lmbda_at_the_same_rho(strength, tiny_bundle, images):
+def test_strength_scales_lmbda_and_rho_with_it(strength, tiny_bundle, images):
     bundle = load_bundle(tiny_bundle)
     strong = purify(tiny_bundle, images, strength=strength)
-    config = CbpdnConfig(lmbda=0.1 * strength, iterations=10, rho=bundle.config.cbpdn.penalty)
+    assert bundle.config.cbpdn.rho is None
+    config = CbpdnConfig(lmbda=0.1 * strength, iterations=10, rho=50 * 0.1 * strength + 1)
     lowpass, highpass = tikhonov_split(images, bundle.config.tikhonov)
     chosen = Purifier(bundle).select(Purifier(bundle).latents(images)).index
     for row, cluster in enumerate(chosen.tolist()):
@@ -127,7 +128,9 @@ def test_auto_is_the_strength_of_each_images_noise(kind, tiny_bundle, unrolled_b
     assert (strength.diff() >= 0).all()
     for row, factor in enumerate(strength.tolist()):
         alone = purify(bundle, noisy[row : row + 1], strength=factor)
-        assert (outcome.images[row] - alone.images[0]).abs().max() < 1e-5
+        # A fixed strength of sparse coding scales rho too, so ten iterations end elsewhere.
+        close = 1e-5 if kind == "unrolled" else 0.03
+        assert (outcome.images[row] - alone.images[0]).abs().max() < close
 
 
 def test_the_bundle_decides_what_auto_is(make_bundle, tmp_path, images):
@@ -135,10 +138,14 @@ def test_the_bundle_decides_what_auto_is(make_bundle, tmp_path, images):
     steady = purify(tmp_path / "b", images, strength="auto")
     assert torch.equal(steady.images, purify(tmp_path / "b", images).images)
     make_bundle(tmp_path / "c", auto_strength=AutoStrength(low=3.0, high=3.0))
-    assert torch.equal(
-        purify(tmp_path / "c", images, strength="auto").images,
-        purify(tmp_path / "c", images, strength=3.0).images,
-    )
+    strong = purify(tmp_path / "c", images, strength="auto")
+    bundle = load_bundle(tmp_path / "c")
+    lowpass, highpass = tikhonov_split(images, bundle.config.tikhonov)
+    chosen = Purifier(bundle).select(Purifier(bundle).latents(images)).index
+    for row, cluster in enumerate(chosen.tolist()):
+        solver = Cbpdn(bundle.atoms[cluster], bundle.config.cbpdn)
+        coded = solver.reconstruct(highpass[row : row + 1], torch.tensor([3.0]))[0]
+        assert (strong.images[row] - (lowpass[row] + coded).clamp(0, 1)).abs().max() < 1e-5
 
 
 @pytest.fixture(scope="module")

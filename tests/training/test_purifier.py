@@ -47,6 +47,7 @@ def make(digits, tiny_bundle, tmp_path_factory):
             "network_config": UnrolledConfig(**shape),
             "atoms": 12,
             "init": "dictionary",
+            "init_digest": None,
             "pairs": PairConfig(relative_l2=0.15, linf=16 / 255),
             "loss": LossConfig(),
             "optimizer": AdamConfig(**{**steps, **(optimizer or {})}),
