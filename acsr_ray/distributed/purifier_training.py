@@ -20,6 +20,7 @@ from acsr_ray.purification.bundle import (
     load_bundle,
     save_bundle,
 )
+from acsr_ray.purification.unrolled import restore_unrolled
 from acsr_ray.sparse.unrolled import UnrolledConfig
 from acsr_ray.training.loop import AdamConfig
 from acsr_ray.training.pairs import PairConfig
@@ -98,8 +99,9 @@ def train_purifier(settings: TrainPurifierSettings) -> dict[str, Any]:
         seed=settings.seed,
     )
     try:
-        # What cannot be built should fail before a large corpus is read.
-        training.build()
+        # What cannot be built should fail before a large corpus is read, as should what the bundle could not
+        # load again: a network to start from that is of other clusters.
+        restore_unrolled(training.trained(training.build().state_dict()))
     except ValueError as error:
         raise ConfigError(f"the network does not fit bundle {settings.bundle}: {error}") from error
     shards = plan_training(settings.train, settings.optimizer.lanes)

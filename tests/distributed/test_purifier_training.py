@@ -1,6 +1,8 @@
 """The job train_purifier on digits: a bundle in, one with a network out, for any number of workers."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -9,13 +11,14 @@ import torch
 
 from acsr_ray.artifacts import ArtifactError, artifact_digest, file_digest
 from acsr_ray.cli import run_job
+from acsr_ray.clustering.gaussians import Gaussians
 from acsr_ray.config import ConfigError, parse_job
 from acsr_ray.corpus.sources import CorpusError
 from acsr_ray.distributed.latents import TRAINING_DATA
 from acsr_ray.distributed.purifier_training import TrainPurifierSettings, train_purifier
 from acsr_ray.distributed.runtime import RaySettings
 from acsr_ray.models.targets import TargetError, load_target
-from acsr_ray.purification.bundle import bundle_digest, load_bundle
+from acsr_ray.purification.bundle import RECONSTRUCTION, bundle_digest, load_bundle, save_bundle
 from acsr_ray.purification.options import PurifyOptions
 from acsr_ray.purification.purifier import Purifier
 from acsr_ray.purification.unrolled import restore_unrolled
@@ -228,6 +231,62 @@ def test_what_cannot_work_is_said_before_anything_is_written(settings, tmp_path,
     with pytest.raises(error, match=message):
         train_purifier(settings(tmp_path / "out", **changes))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_training_goes_on_from_a_trained_network(alone, settings, tmp_path):
+    _, output = alone
+    still = SCHEDULE.model_copy(update={"peak_lr": 1e-12, "epochs": 1})
+    train_purifier(settings(tmp_path / "next", init=output, optimizer=still, seed=9))
+    first, second = load_bundle(output).reconstruction, load_bundle(tmp_path / "next").reconstruction
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], tensor) for name, tensor in second.items())
+    added = manifest_of(tmp_path / "next")["reconstruction"]
+    assert added["init_digest"] == artifact_digest(output)
+    assert manifest_of(output)["reconstruction"]["init_digest"] is None
+
+
+def test_a_network_of_other_clusters_is_no_start(settings, make_unrolled_bundle, tiny_bundle, tmp_path):
+    """With filters of each cluster's own, which another bundle has another number of."""
+    bundle = load_bundle(tiny_bundle)
+    gaussians = Gaussians(**{name: tensor[:3] for name, tensor in vars(bundle.gaussians).items()})
+    three = replace(bundle, gaussians=gaussians, atoms=bundle.atoms[:3])
+    save_bundle(tmp_path / "three", three, {})
+    start = make_unrolled_bundle(tmp_path / "start", "filters", network=NETWORK)
+    with pytest.raises(ArtifactError, match="do not fit"):
+        train_purifier(settings(tmp_path / "out", bundle=str(tmp_path / "three"), init=start, validation=()))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change", [{"iterations": 3}, {"deeper": ()}, {"sharing": "global"}])
+def test_a_network_of_another_shape_is_no_start(change, alone, settings, tmp_path):
+    _, output = alone
+    network = NETWORK.model_copy(update=change)
+    with pytest.raises(ArtifactError, match="not the one that is to be trained"):
+        train_purifier(settings(tmp_path / "out", init=output, network=network))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bundle_without_a_network_is_no_start(settings, tiny_bundle, tmp_path):
+    with pytest.raises(ArtifactError, match="not the one that is to be trained"):
+        train_purifier(settings(tmp_path / "out", init=tiny_bundle))
+
+
+def test_half_precision_is_close_and_half_the_size(alone, settings, tmp_path, digits):
+    _, output = alone
+    train_purifier(settings(tmp_path / "whole", half_precision=False))
+    sizes = [(folder / RECONSTRUCTION).stat().st_size for folder in (output, tmp_path / "whole")]
+    assert sizes[0] < 0.7 * sizes[1]
+    half, whole = (Purifier.load(folder)(digits.images[:8]) for folder in (output, tmp_path / "whole"))
+    assert 0 < (half - whole).abs().max() < 1 / 255
+
+
+@pytest.mark.parametrize(
+    ("arguments", "init"),
+    [([], "dictionary"), (["--init", "random"], "random"), (["--init", "some/folder"], Path("some/folder"))],
+)
+def test_starts_on_the_command_line(arguments, init):
+    common = ["--train", "a", "--surrogates", "b", "--output", "d"]
+    assert parse_job(TrainPurifierSettings, "train_purifier", [*common, *arguments]).init == init
 
 
 def test_a_surrogate_is_needed(settings, tmp_path):
