@@ -172,6 +172,24 @@ def test_strength_goes_with_its_image(bundles, batch, sharing):
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)
+def test_below_one_a_part_of_the_change_is_made_and_above_the_thresholds_grow(bundles, batch, sharing):
+    bundle = load_bundle(bundles[sharing])
+    reconstruction, images = UnrolledReconstruction(bundle, "cpu"), batch(6, seed=9)
+    bands = tikhonov_split(images, bundle.config.tikhonov)
+    cluster = torch.arange(6) % 4
+    strength = torch.tensor([0.01, 0.5, 0.9, 1.0, 1.5, 4.0])
+    with torch.no_grad():
+        full = reconstruction(*bands, cluster)
+        got = reconstruction(*bands, cluster, strength)
+        higher = restore_unrolled(bundle)(*bands, cluster, strength=strength)
+    part = strength.view(-1, 1, 1, 1)
+    expected = torch.where(part < 1, images + part * (full - images), higher)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+    assert torch.equal(got[3], full[3])
+    assert (got - full)[[0, 1, 2, 4, 5]].flatten(1).abs().amax(1).min() > 1e-4
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
 def test_it_can_be_attacked_as_a_whole(bundles, batch, sharing):
     purifier, images = Purifier.load(bundles[sharing]), batch(3).requires_grad_()
     (gradient,) = torch.autograd.grad(purifier(images).square().sum(), images)

@@ -55,6 +55,11 @@ def test_gradient_flows_to_values_and_thresholds():
     assert 0 < kept.double().mean() < 1
     assert torch.equal(by_value, kept.double())
     assert torch.equal(by_threshold, -(kept * x.sign()).sum(0))
+    # One of both alone.
+    fixed = thresholds.detach()
+    assert torch.equal(torch.autograd.grad(soft_threshold(x, fixed).sum(), x)[0], by_value)
+    alone = torch.autograd.grad(soft_threshold(x.detach(), thresholds).sum(), thresholds)[0]
+    assert torch.equal(alone, by_threshold)
 
 
 def _random_atoms(seed, shape=(5, 3, 4, 6)):
