@@ -1,32 +1,16 @@
 """Ray Data steps that keep one block = one unit: whole blocks in, whole blocks out."""
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
-from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from acsr_ray.columns import UNIT
 from acsr_ray.corpus.units import Unit
 from acsr_ray.distributed.runtime import StageShares
-
-REST_SECONDS = 0.03
-
-
-class Rest(ExecutionCallback):
-    """A pause after each step of Ray Data's control loop.
-
-    Where tasks are done and the consumer is busy, the loop of Ray 2.60 may wait for nothing: measured, in a
-    training worker that was fed by it the loop's thread took almost as much CPU as the training.
-    """
-
-    def on_execution_step(self, executor: object) -> None:
-        """Sleep; a unit takes many times as long."""
-        time.sleep(REST_SECONDS)
 
 
 def unit_blocks(units: Sequence[Unit]) -> Dataset:
@@ -36,7 +20,6 @@ def unit_blocks(units: Sequence[Unit]) -> Dataset:
     # Jobs print their own progress; Ray Data's plan and memory advice stay in its log files.
     context.enable_progress_bars = False
     context.issue_detectors_config.detectors = []
-    context.custom_execution_callback_classes = [Rest]
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     # Not from_arrow: it looks at every block in a task of a whole CPU, which waits for ever where training

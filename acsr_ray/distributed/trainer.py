@@ -14,6 +14,7 @@ from torch import Tensor
 
 from acsr_ray.artifacts import json_digest
 from acsr_ray.config import AcsrError, ConfigError, Device
+from acsr_ray.corpus.sources import absolute_uri
 from acsr_ray.distributed.journal import journal
 from acsr_ray.distributed.runtime import (
     GPU_DEVICE,
@@ -90,6 +91,8 @@ def run_training(
         ResourceError: the cluster has too little for the workers.
         TrainingError: the run failed too often.
     """
+    # Ray Train's workers run in a folder of their own.
+    validation = [absolute_uri(location) for location in validation]
     if run.workers == 0:
         order = training_order(training, shards, 1)
         weights, metrics = train_here(training, shards.units, order, validation, resolve_device(device))

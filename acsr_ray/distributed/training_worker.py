@@ -14,6 +14,7 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 from tensorboardX import SummaryWriter
 from torch import Tensor, nn
 
@@ -35,6 +36,19 @@ AGREE_EVERY = 10
 
 
 HELD_OUT = "validation_digest"
+REST_SECONDS = 0.03
+
+
+class Rest(ExecutionCallback):
+    """A pause after each step of Ray Data's control loop, which shares the process with the training.
+
+    Where tasks are done and the consumer is busy, the loop of Ray 2.60 may wait for nothing: measured, its
+    thread took almost as much CPU as the training.
+    """
+
+    def on_execution_step(self, executor: object) -> None:
+        """Sleep; a unit takes many times as long."""
+        time.sleep(REST_SECONDS)
 
 
 @dataclass(frozen=True)
@@ -196,6 +210,7 @@ class _Run:
         """Yield decoded units in order, read ahead by Ray tasks."""
         context = ray.data.DataContext.get_current()
         context.execution_options.preserve_order = True
+        context.custom_execution_callback_classes = [Rest]
         context.execution_options.resource_limits = ray.data.ExecutionResources(
             cpu=self.task.decode_cpus * self.task.decode_tasks
         )

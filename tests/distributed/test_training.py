@@ -77,9 +77,12 @@ def alone(shards, tmp_path_factory):
 
 
 @pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_workers_make_the_run_of_one_process(workers, alone, shards, tmp_path, ray_local):
+def test_workers_make_the_run_of_one_process(workers, alone, shards, tmp_path, ray_local, monkeypatch):
     metrics, output = alone
-    found = train_target(settings(shards, tmp_path / "target", workers))
+    # Paths are those of the job, wherever Ray puts its workers.
+    monkeypatch.chdir(Path(shards[0]).parent)
+    names = [Path(shard).name for shard in shards]
+    found = train_target(settings(names, tmp_path / "target", workers))
     assert found["validation_accuracy"] == pytest.approx(metrics["validation_accuracy"], abs=0.04)
     assert len(found["epoch_losses"]) == 3
     assert found["epoch_losses"] == pytest.approx(metrics["epoch_losses"], rel=1e-3)
