@@ -181,8 +181,7 @@ def test_two_workers_make_the_run_of_one_process(alone, settings, tmp_path, ray_
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize("sharing", ["global", "thresholds"])
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(("sharing", "workers"), [("global", 2), ("thresholds", 1)])
 def test_workers_make_the_run_of_one_process(workers, sharing, settings, tmp_path, ray_local):
     network = NETWORK.model_copy(update={"sharing": sharing})
     # Parts of a worker's share, clean rows rarer than one in a part, and averaged weights.
