@@ -10,8 +10,8 @@ ABLATIONS: Mapping[str, tuple[str, ...]] = {
     "gaussian-pairs": ("--pairs.kind", "gaussian"),
     "one-surrogate": (),
     "three-surrogates": (),
+    "robust-surrogate": (),
     "iterations-1": ("--network.iterations", "1"),
-    "iterations-2": ("--network.iterations", "2"),
     "iterations-5": ("--network.iterations", "5"),
     "one-layer": ("--network.deeper",),
     "low-band-passed": ("--network.low-band", "passed"),
@@ -27,21 +27,27 @@ EPOCHS = {True: 2, False: 20}
 
 
 def purifier_arguments(
-    name: str, surrogates: tuple[Path, Path, Path], bundle: str, small: bool
+    name: str, surrogates: tuple[Path, Path, Path], robust: Path, bundle: str, small: bool
 ) -> tuple[list[str], list[Path]]:
     """Return the flags that train one ablation, and the surrogates it needs.
 
     Args:
         name: of `ABLATIONS`.
-        surrogates: the two of the reference, and a robust one.
+        surrogates: the two of the reference, and one more.
+        robust: an adversarially trained one.
         bundle: that all start from.
         small: for two cores.
     """
-    used = {"one-surrogate": surrogates[:1], "three-surrogates": surrogates}.get(name, surrogates[:2])
+    others = {
+        "one-surrogate": surrogates[:1],
+        "three-surrogates": surrogates,
+        "robust-surrogate": (*surrogates[:2], robust),
+    }
+    used = others.get(name, surrogates[:2])
     flags = [
         *("--bundle", bundle, "--surrogates", *map(str, used)),
         *("--name", name, "--optimizer.epochs", str(EPOCHS[small])),
-        *("--optimizer.peak-lr", "3e-3", "--run.workers", "0"),
+        *("--optimizer.peak-lr", "2e-3", "--loss.pixel", "10", "--run.workers", "0"),
         *ABLATIONS[name],
     ]
     return flags, list(used)

@@ -79,7 +79,7 @@ class Place:
         return (
             self.encoder("baseline"),
             self.target("cifar10", "alexnet"),
-            self.encoder("pgdat"),
+            self.target("cifar10", "resnet50"),
         )
 
     def bundle_of(self, data: str) -> str:
@@ -157,7 +157,9 @@ def recipe(path: Path, place: Place) -> list[str]:
 def _purifier_commands(path: Path, place: Place) -> list[str]:
     """Return the commands of an ablation's purifier and, before it, of its surrogates."""
     name = path.name.removeprefix("cifar10-")
-    flags, needed = purifier_arguments(name, place.surrogates, place.bundle, place.small)
+    flags, needed = purifier_arguments(
+        name, place.surrogates, place.encoder("pgdat"), place.bundle, place.small
+    )
     before = [command for artifact in needed for command in _unless_there(artifact, place)]
     shards = SHARDS[place.small]
     return [*before, _command("train_purifier", "cifar10", path, place, flags, shards=shards)]

@@ -201,7 +201,7 @@ def load_target(location: str, device: str = "cpu", config: TargetConfig | None 
 
 
 def _channels_last(target: Target) -> Target:
-    """Lay our own networks' weights out as oneDNN and cuDNN like them: gradients cost down to half (GoogLeNet).
+    """Lay our own networks' weights out as oneDNN and cuDNN like them: gradients cost as little as half.
 
     A user's network stays as it is: one that calls `view` on its feature maps would fail.
     """
