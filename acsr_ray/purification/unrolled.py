@@ -13,7 +13,7 @@ from acsr_ray.purification.tiles import map_tiles
 from acsr_ray.sparse.noise import noise_level
 from acsr_ray.sparse.unrolled import UnrolledCsc
 
-MICRO_BATCH = {"cpu": 8, "cuda": 256}
+MICRO_BATCH = {"cpu": 16, "cuda": 256}
 """Images per call up to `SMALL_PIXELS`; larger images go one by one. Fixed, so that an image never depends
 on its neighbours."""
 SMALL_PIXELS = 128 * 128
@@ -38,7 +38,8 @@ class UnrolledReconstruction(nn.Module):
         if config is None:
             raise ArtifactError(f"bundle {bundle.config.name} has no unrolled reconstruction")
         self.config = config
-        self.network = restore_unrolled(bundle).requires_grad_(False).to(device)
+        network = restore_unrolled(bundle).requires_grad_(False).to(device)
+        self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(
         self, lowpass: Tensor, highpass: Tensor, cluster: Tensor, strength: Tensor | None = None
@@ -78,8 +79,8 @@ class UnrolledReconstruction(nn.Module):
 
     def _call(self, bands: Tensor, cluster: Tensor, level: Tensor, factor: Tensor, size: int) -> Tensor:
         """Reconstruct at most `size` images, filled up to as many."""
-        # Contiguous, because the memory layout chooses the kernel.
-        padded = pad_batch(bands, size).contiguous()
+        # One layout whatever came in, because it chooses the kernel; of the two this one is a tenth faster.
+        padded = pad_batch(bands, size).contiguous(memory_format=torch.channels_last)
         function = partial(
             self._bands,
             cluster=fill_up(cluster, size),
