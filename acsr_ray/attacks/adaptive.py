@@ -6,7 +6,7 @@ parts with state per image (`FixedRows`, `LowFrequency`) work inside attacks tha
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from acsr_ray.attacks.rounding import round_to_pixels
 from acsr_ray.attacks.run import BATCH, Attacked, run_attack
 from acsr_ray.attacks.spec import AttackConfig
 from acsr_ray.attacks.subset import Model, subset_model
+from acsr_ray.attacks.threat import FLOOR, ThreatModel
 
 Defense = Callable[[Tensor], Tensor]
 
@@ -165,28 +166,32 @@ class LowFrequency:
         images: (N, 3, H, W) the clean images of the batch.
         band: share of the spectrum along each axis (`fourier_lowpass`), or a linear low-pass of
             (N, 3, H, W), such as the low half of a Tikhonov split.
+        threat: the low-pass part is brought to this radius, or an attacker of low frequencies would have
+            less of a budget than others; None leaves it as long as it comes.
     """
 
     classify: Model
     images: Tensor
     band: float | Callable[[Tensor], Tensor]
+    threat: ThreatModel | None = None
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return the logits of the actual images."""
         return self.classify(self.adversarial(images))
 
     def adversarial(self, images: Tensor) -> Tensor:
-        """Return the clean images plus the low-pass part of what was added, clipped to [0, 1].
-
-        A low-pass that shrinks every frequency shortens the l2 norm; a linf budget can be exceeded.
-        """
+        """Return the clean images plus the low-pass part of what was added, clipped to [0, 1]."""
         _check_rows(self.images, images)
         lowpass = self.band if callable(self.band) else fourier_lowpass(self.band)
-        return (self.images + lowpass(images - self.images)).clamp(0, 1)
+        delta = lowpass(images - self.images)
+        if self.threat is not None:
+            length = self.threat.length(delta.detach()).clamp(min=FLOOR)
+            delta = delta * (self.threat.radius(self.images) / length)
+        return (self.images + delta).clamp(0, 1)
 
     def rows(self, index: Tensor) -> "LowFrequency":
         """Return the model for some rows of the batch."""
-        return LowFrequency(subset_model(self.classify, index), self.images[index], self.band)
+        return replace(self, classify=subset_model(self.classify, index), images=self.images[index])
 
 
 def attack_low_frequency(
@@ -202,14 +207,12 @@ def attack_low_frequency(
 ) -> Attacked:
     """Attack with a low-pass perturbation and return the actual images; see `run_attack`.
 
-    They are brought back to the declared budget, which the low-pass can leave in linf, and then rounded.
+    The low-pass perturbation has the declared budget's whole length, also while it is looked for.
     """
-    model = LowFrequency(classify, images, band)
+    model = LowFrequency(classify, images, band, config.threat)
     free = run_attack(config, model, images, labels, seed=seed, keys=keys, batch_size=batch_size)
     with torch.no_grad():
         actual = model.adversarial(free.unrounded)
-    if config.threat is not None:
-        actual = config.threat.project(actual, images)
     return Attacked(round_to_pixels(actual), actual, free.scaled_back)
 
 

@@ -85,7 +85,7 @@ def adaptive(place: Place) -> Grid:
         caption=size_caption(place, data, cw=False)
         + f"linf 4/255, PGD-20; Square with {_square(place).queries} queries{first}; BPDA and white-box see "
         "target and defence. EOT over 4 draws where a defence is random. The low-frequency attacker may add "
-        "what the split's low band passes of a linf 4/255 perturbation, which is shorter in l2.",
+        "what the split's low band passes, brought to linf 4/255.",
         layout="adaptive",
         data=(evaluation_data(data, place, 100),),
         targets=(

@@ -18,6 +18,8 @@ from acsr_ray.evaluation.cells import Chunk, fingerprint
 from acsr_ray.evaluation.grid import CLEAN, EvaluationData, Grid, SweepAttack, SweepDefense, SweepTarget
 
 NamedT = TypeVar("NamedT", SweepTarget, SweepDefense)
+KNOWLEDGE_VERSIONS = {"low_frequency": "low_frequency 2"}
+"""Names what an attacker's knowledge is called in fingerprints since the code behind it gave other images."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,7 @@ def _attack_key(
             "attack",
             *crafted,
             attack.attack.identity(),
-            attack.knowledge if seen is not None else "bare",
+            KNOWLEDGE_VERSIONS.get(attack.knowledge, attack.knowledge) if seen is not None else "bare",
             attack.eot_samples if seen is not None else 1,
             count,
             seen,
