@@ -6,13 +6,15 @@ from pathlib import Path
 REFERENCE = "reference"
 ABLATIONS: Mapping[str, tuple[str, ...]] = {
     REFERENCE: (),
+    "another-seed": ("--seed", "1"),
     "random-init": ("--init", "random"),
     "gaussian-pairs": ("--pairs.kind", "gaussian"),
     "one-surrogate": (),
     "three-surrogates": (),
     "robust-surrogate": (),
     "iterations-1": ("--network.iterations", "1"),
-    "iterations-5": ("--network.iterations", "5"),
+    "iterations-4": ("--network.iterations", "4"),
+    "iterations-6": ("--network.iterations", "6"),
     "one-layer": ("--network.deeper",),
     "low-band-passed": ("--network.low-band", "passed"),
     "fixed-thresholds": ("--network.no-noise-adaptive",),
@@ -23,7 +25,7 @@ ABLATIONS: Mapping[str, tuple[str, ...]] = {
 
 SHARDS = {True: 3, False: None}
 """Training shards of an ablation, by whether it is small."""
-EPOCHS = {True: 2, False: 20}
+EPOCHS = {True: 1, False: 20}
 
 
 def purifier_arguments(

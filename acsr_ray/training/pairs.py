@@ -29,7 +29,7 @@ class PairConfig(Described):
     """Which attacked images a purifier is trained on."""
 
     kind: Literal["adversarial", "gaussian"] = "adversarial"
-    """`gaussian`: white noise of the same norms, the control that no surrogate is needed for."""
+    """`gaussian`: white noise of the same l2 norms, the control that no surrogate is needed for."""
     relative_l2: float = Field(0.05, ge=0)
     """Largest relative l2 norm; each image's is uniform between 0 and this."""
     linf: float = Field(8 / 255, ge=0)
@@ -120,7 +120,9 @@ def attack_pairs(
     norm: Literal["linf", "relative_l2"] = "linf" if recipe.linf else "relative_l2"
     threat = SharedThreat(norm, config.linf if recipe.linf else config.relative_l2, share.view(-1, 1, 1, 1))
     if config.kind == "gaussian":
-        return round_to_pixels(threat.reach(noise, images))
+        # In linf, as long as the sign attacks are: every pixel moves by the radius on average.
+        noisy = images + threat.radius(images) * noise if recipe.linf else threat.reach(noise, images)
+        return round_to_pixels(noisy.clamp(0, 1))
     name = ATTACKS[recipe.attack]
     start = threat.project(images + threat.radius(images) * threat.direction(noise), images)
     loss = _margin_of(surrogate, labels) if name == "cw" else cross_entropy_of(surrogate, labels)

@@ -113,13 +113,13 @@ class PurifierTraining(Described):
         if self.init_digest is not None:
             return ConstrainedPurifier(restore_unrolled(load_bundle(self.init)))
         bundle = load_bundle(self.bundle)
-        generator = torch.Generator().manual_seed(self.seed)
         reconstruction = UnrolledCsc(
-            starting_atoms(bundle, self, generator),
+            starting_atoms(bundle, self),
             self.network_config,
             len(bundle.atoms),
             bundle.config.cbpdn.lmbda,
-            generator,
+            # Its own, so that the deeper layers start alike whatever the atoms are.
+            torch.Generator().manual_seed(self.seed),
         )
         return ConstrainedPurifier(reconstruction)
 
@@ -215,7 +215,7 @@ class PurifierObjective:
             return self.purifier.select(self.purifier.latents(images)).index
 
 
-def starting_atoms(bundle: Bundle, training: PurifierTraining, generator: torch.Generator) -> Tensor:
+def starting_atoms(bundle: Bundle, training: PurifierTraining) -> Tensor:
     """Return the atoms (F, M, 3, s, s) that a network starts from.
 
     One set for each cluster where filters are its own, else atoms of all clusters that differ most.
@@ -227,5 +227,5 @@ def starting_atoms(bundle: Bundle, training: PurifierTraining, generator: torch.
         atoms = spread_atoms(bundle.atoms, training.atoms)[None]
     if training.init == "dictionary":
         return atoms
-    drawn = torch.randn(atoms.shape[1:], generator=generator)
+    drawn = torch.randn(atoms.shape[1:], generator=torch.Generator().manual_seed(training.seed))
     return project_atoms(drawn).expand(len(atoms), -1, -1, -1, -1).clone()

@@ -323,14 +323,14 @@ def test_several_surrogates_take_turns(make, unit_rows):
 @pytest.mark.parametrize("sharing", ["global", "thresholds"])
 def test_a_shared_layer_starts_from_the_atoms_that_differ_most(make, tiny_bundle, sharing):
     bundle = load_bundle(tiny_bundle)
-    atoms = starting_atoms(bundle, make(sharing=sharing), torch.Generator())
+    atoms = starting_atoms(bundle, make(sharing=sharing))
     assert torch.equal(atoms, spread_atoms(bundle.atoms, 12)[None])
 
 
 @pytest.mark.parametrize(("wanted", "count"), [(8, 8), (100, 8), (3, 3)])
 def test_filters_start_from_each_clusters_own_dictionary(make, tiny_bundle, wanted, count):
     bundle = load_bundle(tiny_bundle)
-    atoms = starting_atoms(bundle, make(sharing="filters", atoms=wanted), torch.Generator())
+    atoms = starting_atoms(bundle, make(sharing="filters", atoms=wanted))
     assert atoms.shape == (4, count, 3, 5, 5)
     for own, chosen in zip(bundle.atoms, atoms, strict=True):
         rows = [row.tolist() for row in own.flatten(1)]
@@ -347,8 +347,7 @@ def test_random_atoms_are_unlearnt_and_the_same_for_all(make, tiny_bundle, shari
     bundle = load_bundle(tiny_bundle)
 
     def start(init, seed=0):
-        training = make(sharing=sharing, init=init, atoms=6)
-        return starting_atoms(bundle, training, torch.Generator().manual_seed(seed))
+        return starting_atoms(bundle, make(sharing=sharing, init=init, atoms=6, seed=seed))
 
     learnt, drawn = start("dictionary"), start("random")
     assert drawn.shape == learnt.shape
@@ -359,6 +358,13 @@ def test_random_atoms_are_unlearnt_and_the_same_for_all(make, tiny_bundle, shari
     known = bundle.atoms.flatten(0, 1).flatten(1)
     assert (drawn[0].flatten(1) @ known.T).abs().max() < 0.9
     assert (learnt[0].flatten(1) @ known.T).abs().max() > 0.999
+
+
+def test_only_the_first_layer_differs_between_learnt_and_random_atoms(make):
+    learnt, drawn = (make(init=init).build().state_dict() for init in ("dictionary", "random"))
+    first = {name for name in learnt if not torch.equal(learnt[name], drawn[name])}
+    assert first
+    assert all(".analysis.0." in n or ".synthesis.0." in n or n.endswith((".step", ".unit")) for n in first)
 
 
 def test_random_atoms_train_otherwise(make, unit_rows):
