@@ -396,6 +396,16 @@ def test_a_network_has_no_lmbda(given, learnt):
     build_defense(config.model_copy(update={"reconstruction": "cbpdn"}))
 
 
+@pytest.mark.parametrize("given", [{}, {"reconstruction": "unrolled"}])
+def test_a_network_that_all_clusters_share_has_no_cluster_to_choose_anew(given, unrolled_bundle, learnt):
+    config = DefenseConfig(name="acsr", artifact=str(unrolled_bundle), reselect=1, **given)
+    with pytest.raises(ConfigError, match="acsr: reselect does nothing"):
+        build_defense(config)
+    changes = ({"reselect": 0}, {"reconstruction": "cbpdn"}, {"artifact": learnt})
+    for change in changes:
+        build_defense(config.model_copy(update=change))
+
+
 def test_gradients_reach_the_image_through_a_network(learnt, images):
     defense = build_defense(DefenseConfig(name="acsr", artifact=learnt, strength="auto", top_k=2))
     assert defense.differentiable
