@@ -54,7 +54,7 @@ class TrainPurifierSettings(TrainSettings):
     network: UnrolledConfig = UnrolledConfig()
     """The unrolled network."""
     atoms: int = Field(64, ge=1)
-    """Atoms of its first layer."""
+    """Atoms of its first layer; where clusters have filters of their own, of each."""
     init: Literal["dictionary", "random"] | Path = "dictionary"
     """What the network starts from: the bundle's dictionaries, random atoms (the control), or the folder of a
     bundle with a trained network of the same shape."""
@@ -147,9 +147,13 @@ def _start(settings: TrainPurifierSettings) -> Path | None:
     """Return the folder of the bundle whose network is the start; None where there is none."""
     if isinstance(settings.init, str):
         return None
-    found = load_bundle(settings.init).config.unrolled
+    bundle = load_bundle(settings.init)
+    found = bundle.config.unrolled
     if found != settings.network:
         raise ArtifactError(f"{settings.init} has the network {found}, not the one that is to be trained")
+    atoms = restore_unrolled(bundle).atoms
+    if atoms != settings.atoms:
+        raise ArtifactError(f"the network of {settings.init} has {atoms} atoms, --atoms is {settings.atoms}")
     return find_bundle(settings.init)
 
 

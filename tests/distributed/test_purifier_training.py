@@ -225,6 +225,7 @@ def test_the_bundle_it_starts_from_is_not_overwritten(written, settings, make_bu
             ConfigError,
             "does not fit bundle .*33 atoms cannot be chosen from 32",
         ),
+        ({"atoms": 9}, ConfigError, "does not fit bundle .*9 atoms cannot be chosen from 8"),
         ({"network": UnrolledConfig()}, ConfigError, "stride 2 does not fit atoms of 5 pixels"),
     ],
 )
@@ -331,6 +332,14 @@ def test_a_network_of_another_shape_is_no_start(change, alone, settings, tmp_pat
     network = NETWORK.model_copy(update=change)
     with pytest.raises(ArtifactError, match="not the one that is to be trained"):
         train_purifier(settings(tmp_path / "out", init=output, network=network))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("atoms", [7, 64])
+def test_a_network_of_other_atoms_is_no_start(atoms, alone, settings, tmp_path):
+    _, output = alone
+    with pytest.raises(ArtifactError, match=f"has 8 atoms, --atoms is {atoms}"):
+        train_purifier(settings(tmp_path / "out", init=output, atoms=atoms))
     assert list(tmp_path.iterdir()) == []
 
 
