@@ -96,7 +96,7 @@ def read_labelled(locations: Sequence[str], image_size: int) -> LabelledImages:
         tuple(shards),
         np.asarray(shard_of, np.int32),
         np.asarray(rows, np.int64),
-        class_names or tuple(str(label) for label in range(num_classes)),
+        class_names or numbered_names(num_classes),
         unreadable,
     )
 
@@ -124,3 +124,8 @@ def label_names(schema: pa.Schema) -> tuple[str, ...]:
 def sample_rows(count: int, most: int) -> NDArray[np.int64]:
     """Return positions of at most so many rows, in order; always the same ones of the same count."""
     return np.sort(np.random.default_rng(0).permutation(count)[:most])
+
+
+def numbered_names(count: int) -> tuple[str, ...]:
+    """Return the names of classes that are only numbered."""
+    return tuple(str(label) for label in range(count))

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from acsr_ray.config import ConfigError
 from acsr_ray.corpus.sources import CorpusError
 from acsr_ray.distributed.purify import PurifyCorpusSettings, purify_corpus
 
@@ -14,8 +15,14 @@ def purify_or_demo(settings: PurifyCorpusSettings) -> dict[str, Any]:
         return purify_corpus(settings)
     if settings.input:
         raise CorpusError("--demo brings its own corpus and bundle; leave --input away")
-    if settings.doubt:
-        raise CorpusError("--demo brings its own bundle, which has no doubt model; leave --doubt away")
+    if settings.doubt or settings.target:
+        raise CorpusError(
+            "--demo brings its own bundle, which has no doubt model; leave --doubt and --target away"
+        )
+    if settings.reconstruction == "unrolled":
+        raise ConfigError(
+            "--demo trains its own bundle, and no network for it; leave --reconstruction unrolled away"
+        )
     from acsr_ray.demo.run import run_demo
 
     return run_demo(settings)

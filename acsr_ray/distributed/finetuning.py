@@ -14,7 +14,13 @@ from torch import nn
 from acsr_ray.artifacts import artifact_kind, atomic_write, begin_artifact, json_digest, load_artifact
 from acsr_ray.columns import STATUS
 from acsr_ray.corpus.images import Pixels
-from acsr_ray.corpus.labelled import label_names, parquet_shards, read_labelled, sample_rows
+from acsr_ray.corpus.labelled import (
+    label_names,
+    numbered_names,
+    parquet_shards,
+    read_labelled,
+    sample_rows,
+)
 from acsr_ray.corpus.sources import CorpusError, open_parquet
 from acsr_ray.distributed.latents import TRAINING_DATA
 from acsr_ray.distributed.runtime import GPU_DEVICE, check_task, ray_session, takes_gpus
@@ -86,7 +92,7 @@ def finetune_target(settings: FinetuneTargetSettings) -> dict[str, Any]:
     """
     target, config = load_start(settings)
     load_bundle(settings.bundle).config.with_reconstruction(settings.reconstruction)
-    names = target.class_names or _numbers(config.num_classes)
+    names = target.class_names or numbered_names(config.num_classes)
     _check_shards(settings.train, names, purified=True)
     _check_shards((*settings.original, *settings.validation), names, purified=False)
     pixels, labels = _read_held_out(settings, config)
@@ -177,15 +183,11 @@ def _check_shards(locations: Sequence[str], class_names: tuple[str, ...], *, pur
             raise CorpusError(f"{uri} was purified: --original and --validation take shards as they were")
         names = label_names(schema)
         # A target whose classes are only numbered goes with any names, if there are as many.
-        known = _numbers(len(names)) if class_names == _numbers(len(class_names)) else names
+        known = numbered_names(len(names)) if class_names == numbered_names(len(class_names)) else names
         if names and known != class_names:
             raise TargetError(
                 f"{uri} has classes {', '.join(names)}; the target has {', '.join(class_names)}"
             )
-
-
-def _numbers(count: int) -> tuple[str, ...]:
-    return tuple(str(label) for label in range(count))
 
 
 def _check_labels(num_classes: int, config: TargetConfig, origin: str) -> None:

@@ -5,14 +5,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import Field
 
 from acsr_ray.artifacts import MANIFEST, ArtifactError, json_digest
 from acsr_ray.config import ConfigError
+from acsr_ray.corpus.labelled import numbered_names
 from acsr_ray.distributed.latents import TRAINING_DATA
 from acsr_ray.distributed.trainer import run_training
 from acsr_ray.distributed.training import TrainSettings
-from acsr_ray.models.targets import absolute_location, load_target
+from acsr_ray.models.targets import Target, absolute_location, load_target
 from acsr_ray.purification.bundle import (
     DEFAULT_BUNDLE,
     bundle_digest,
@@ -40,8 +42,9 @@ class TrainPurifierSettings(TrainSettings):
     bundle: str = DEFAULT_BUNDLE
     """Bundle whose dictionaries it starts from: a directory, or the name of a packaged one."""
     surrogates: tuple[str, ...] = Field(min_length=1)
-    """Classifiers to attack, as for sweep_attacks: artifacts, files or module:factory. Not your target, or
-    nothing will tell how well the purifier serves attacks on others."""
+    """Classifiers to attack, of the shards' classes and for images of `image_size`, as for sweep_attacks:
+    artifacts, files or module:factory. Not your target, or nothing will tell how well the purifier serves
+    attacks on others."""
     output: Path
     """Folder of the new bundle."""
     name: str | None = None
@@ -51,7 +54,7 @@ class TrainPurifierSettings(TrainSettings):
     network: UnrolledConfig = UnrolledConfig()
     """The unrolled network."""
     atoms: int = Field(64, ge=1)
-    """Atoms of its first layer."""
+    """Atoms of its first layer; where clusters have filters of their own, of each."""
     init: Literal["dictionary", "random"] | Path = "dictionary"
     """What the network starts from: the bundle's dictionaries, random atoms (the control), or the folder of a
     bundle with a trained network of the same shape."""
@@ -73,16 +76,17 @@ def train_purifier(settings: TrainPurifierSettings) -> dict[str, Any]:
     Raises:
         ArtifactError: no such bundle, or its folder is also the output; another network to start from.
         TargetError: a surrogate that cannot be loaded.
-        ConfigError: a network that does not fit the bundle's atoms.
+        ConfigError: a network that does not fit the bundle, or surrogates that do not fit the shards.
     """
     directory = find_bundle(settings.bundle)
     if directory == settings.output.resolve():
         raise ArtifactError(f"{settings.output} is the bundle to start from; choose another --output")
-    load_bundle(directory)
+    class_names = load_bundle(directory).config.class_names
     start = _start(settings)
+    targets = [(location, load_target(location)) for location in settings.surrogates]
     surrogates = tuple(
-        SurrogateConfig(location=absolute_location(location), digest=load_target(location).digest)
-        for location in settings.surrogates
+        SurrogateConfig(location=absolute_location(location), digest=target.digest)
+        for location, target in targets
     )
     training = PurifierTraining(
         bundle=str(directory),
@@ -105,6 +109,8 @@ def train_purifier(settings: TrainPurifierSettings) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigError(f"the network does not fit bundle {settings.bundle}: {error}") from error
     shards = plan_training(settings.train, settings.optimizer.lanes)
+    for location, target in targets:
+        check_surrogate(location, target, settings.image_size, shards.class_names, class_names)
     trained = run_training(
         training,
         shards,
@@ -141,10 +147,62 @@ def _start(settings: TrainPurifierSettings) -> Path | None:
     """Return the folder of the bundle whose network is the start; None where there is none."""
     if isinstance(settings.init, str):
         return None
-    found = load_bundle(settings.init).config.unrolled
+    bundle = load_bundle(settings.init)
+    found = bundle.config.unrolled
     if found != settings.network:
         raise ArtifactError(f"{settings.init} has the network {found}, not the one that is to be trained")
+    atoms = restore_unrolled(bundle).atoms
+    if atoms != settings.atoms:
+        raise ArtifactError(f"the network of {settings.init} has {atoms} atoms, --atoms is {settings.atoms}")
     return find_bundle(settings.init)
+
+
+def check_surrogate(
+    location: str,
+    target: Target,
+    image_size: int,
+    shard_names: tuple[str, ...],
+    bundle_names: tuple[str, ...],
+) -> None:
+    """Raise `ConfigError` for a surrogate that was made for other images or classes than it would be shown.
+
+    Args:
+        location: what the user calls it.
+        target: the surrogate.
+        image_size: side in pixels of the training images.
+        shard_names: classes of the training shards, perhaps only numbered.
+        bundle_names: classes of the bundle, which may be of another corpus; they are only asked where the
+            shards have no names, and where there are as many of them.
+    """
+    if target.image_size not in (None, image_size):
+        raise ConfigError(
+            f"surrogate {location} takes images of {target.image_size} pixels a side, --image-size is "
+            f"{image_size}"
+        )
+    names = shard_names
+    if names == numbered_names(len(names)):
+        names = bundle_names if len(bundle_names) == len(names) else ()
+    count = _count_classes(location, target, image_size)
+    # Labels of no name may be only some of the classes.
+    if count < len(shard_names) or (names and count != len(names)):
+        raise ConfigError(f"surrogate {location} has {count} classes, the shards have {len(shard_names)}")
+    # Classes that are only numbered go with any names.
+    own, numbers = target.class_names or names, numbered_names(count)
+    if names and own != names and numbers not in (own, names):
+        raise ConfigError(
+            f"surrogate {location} has classes {', '.join(own)}; those of the images are {', '.join(names)}"
+        )
+
+
+def _count_classes(location: str, target: Target, image_size: int) -> int:
+    """Return the length of the logits, which not every source of a target tells."""
+    try:
+        with torch.no_grad():
+            return int(target.model(torch.zeros(1, 3, image_size, image_size)).shape[1])
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"surrogate {location} takes no images of {image_size} pixels a side: {error}"
+        ) from error
 
 
 def _provenance(directory: Path) -> dict[str, Any]:

@@ -154,7 +154,7 @@ def deciding_settings(settings: PurifyCorpusSettings) -> dict[str, Any]:
         "image_column": settings.image_column,
         "keep_original": settings.keep_original,
         # Only what differs from the defaults, so that a new option leaves older outputs valid.
-        **settings.options.changed(),
+        **settings.options.changed(load_bundle(settings.bundle).config.reconstruction),
         **doubt_settings(settings.doubt, settings.target, settings.bundle, settings.options),
     }
 

@@ -26,7 +26,7 @@ from pydantic import Field
 from acsr_ray.artifacts import atomic_write, write_json
 from acsr_ray.attacks.spec import AttackConfig
 from acsr_ray.attacks.torchattacks_adapter import resolve_options
-from acsr_ray.config import Device, JobSettings
+from acsr_ray.config import AcsrError, Device, JobSettings
 from acsr_ray.distributed.runtime import RaySettings, ray_session
 from acsr_ray.distributed.unit_runner import SweepError, UnitRunner
 from acsr_ray.evaluation.attackers import check_attackable
@@ -35,13 +35,12 @@ from acsr_ray.evaluation.cells import (
     attack_unit,
     calibrate_unit,
     defend_unit,
-    defense_of,
     fingerprint,
     target_of,
 )
-from acsr_ray.evaluation.defenses import defense_digest
+from acsr_ray.evaluation.defenses import build_defense, defense_digest
 from acsr_ray.evaluation.extras import load_extra
-from acsr_ray.evaluation.grid import Grid, SweepAttack, SweepTarget, read_grid
+from acsr_ray.evaluation.grid import Grid, GridError, SweepAttack, SweepTarget, read_grid
 from acsr_ray.evaluation.plan import EvaluationSet, Plan, load_set, plan_units, unit_chunk
 from acsr_ray.evaluation.presets import preset_grid
 from acsr_ray.evaluation.recipes import Variant
@@ -117,6 +116,7 @@ def sweep_attacks(settings: SweepAttacksSettings) -> dict[str, Any]:
     for module in REPORT_LIBRARIES:
         load_extra(module)
     grid = _grid_of(settings)
+    _check_defenses(grid)
     started = time.perf_counter()
     with ray_session(settings.ray):
         runner = UnitRunner(
@@ -129,7 +129,6 @@ def sweep_attacks(settings: SweepAttacksSettings) -> dict[str, Any]:
         sets = _load_sets(grid)
         targets = {entry.name: target_of(entry, "cpu").digest for entry in grid.targets}
         defenses = {entry.name: defense_digest(entry.config) for entry in grid.defenses}
-        _check_attackable(grid)
         budgets, calibrations = _calibrate(runner, grid, sets, targets)
         plan = plan_units(grid, sets, targets, defenses, budgets)
         logger.info(
@@ -167,15 +166,23 @@ def _grid_of(settings: SweepAttacksSettings) -> Grid:
     return grid.model_copy(update={"data": data})
 
 
-def _check_attackable(grid: Grid) -> None:
-    """Raise for an attack that is not there or that its defence does not allow, before hours of others."""
+def _check_defenses(grid: Grid) -> None:
+    """Raise for an attack that is not there, for a defence that cannot be built or that does not allow one.
+
+    Built here, though units build their own: they do so only after hours of attacks.
+    """
     for attack in grid.attacks:
         if attack.attack.is_torchattacks:
             resolve_options(attack.attack)
-        for entry in grid.defenses:
+    for entry in grid.defenses:
+        try:
+            defense = build_defense(entry.config)
+        except AcsrError as error:
+            raise GridError(f"defence {entry.name}: {error}") from error
+        for attack in grid.attacks:
             met = attack.defenses is None or entry.name in attack.defenses
             if (attack.adaptive and met) or entry.name == attack.through:
-                check_attackable(attack, defense_of(entry.config, "cpu"))
+                check_attackable(attack, defense)
 
 
 def _load_sets(grid: Grid) -> list[EvaluationSet]:

@@ -88,10 +88,10 @@ def _fixed_dictionaries(defense: PurifierDefense, images: Tensor) -> FixedRows:
     with torch.no_grad():
         selection = defense.choose(images)
 
-    def rebuild(x: Tensor, index: Tensor, distance: Tensor) -> Tensor:
-        return defense.purifier.reconstruct(x, Selection(index, distance)).images
+    def rebuild(x: Tensor, index: Tensor, distance: Tensor, nearest: Tensor) -> Tensor:
+        return defense.purifier.reconstruct(x, Selection(index, distance, nearest)).images
 
-    return FixedRows(rebuild, (selection.index, selection.distance))
+    return FixedRows(rebuild, (selection.index, selection.distance, selection.candidates))
 
 
 def _pipeline(entry: SweepAttack, classify: Model, defense: Defense, seed: int) -> Model:

@@ -120,6 +120,8 @@ def _acsr(request: BuildRequest) -> Defense:
     purifier = _purifier(request)
     if purifier.unrolled is not None and request.parameters["lmbda"] is not None:
         raise ValueError("lmbda does nothing to an unrolled reconstruction; its factor is strength")
+    if request.parameters["reselect"] and not purifier.uses_clusters:
+        raise ValueError("reselect does nothing where all clusters share an unrolled reconstruction")
     return NearestCluster(purifier, request.parameters["reselect"])
 
 

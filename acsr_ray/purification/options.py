@@ -23,6 +23,11 @@ class PurifyOptions(Described):
     """Reconstruct with so many nearest clusters and average; 1 is the paper. No effect on an unrolled network
     that all clusters share."""
 
-    def changed(self) -> dict[str, Any]:
-        """Return the settings that are not the defaults, as JSON values: what a run's identity depends on."""
-        return self.model_dump(mode="json", exclude_defaults=True)
+    def changed(self, default: Reconstruction) -> dict[str, Any]:
+        """Return the settings that are not the defaults, as JSON values: what a run's identity depends on.
+
+        Args:
+            default: the bundle's own reconstruction, which is the same by name as without it.
+        """
+        own = {"reconstruction"} if self.reconstruction == default else set()
+        return self.model_dump(mode="json", exclude_defaults=True, exclude=own)

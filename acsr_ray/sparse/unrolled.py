@@ -129,6 +129,11 @@ class UnrolledCsc(nn.Module):
         return network
 
     @property
+    def atoms(self) -> int:
+        """M."""
+        return len(_at(cast(_Member, self.members[0]).analysis, 0)[0])
+
+    @property
     def support(self) -> int:
         """Side of the first layer's atoms in pixels."""
         return _at(cast(_Member, self.members[0]).analysis, 0)[0].shape[-1]

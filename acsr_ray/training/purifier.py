@@ -219,10 +219,12 @@ def starting_atoms(bundle: Bundle, training: PurifierTraining) -> Tensor:
     """Return the atoms (F, M, 3, s, s) that a network starts from.
 
     One set for each cluster where filters are its own, else atoms of all clusters that differ most.
+
+    Raises:
+        ValueError: more atoms than there are to choose from.
     """
     if training.network_config.sharing == "filters":
-        sets = [spread_atoms(own[None], min(training.atoms, len(own))) for own in bundle.atoms]
-        atoms = torch.stack(sets)
+        atoms = torch.stack([spread_atoms(own[None], training.atoms) for own in bundle.atoms])
     else:
         atoms = spread_atoms(bundle.atoms, training.atoms)[None]
     if training.init == "dictionary":

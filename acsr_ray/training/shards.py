@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pyarrow.compute as pc
 
 from acsr_ray.columns import IMAGE, LABEL
-from acsr_ray.corpus.labelled import label_names, parquet_shards
+from acsr_ray.corpus.labelled import label_names, numbered_names, parquet_shards
 from acsr_ray.corpus.sources import CorpusError, open_parquet
 from acsr_ray.corpus.units import Unit, plan_units
 
@@ -73,4 +73,4 @@ def plan_training(locations: Sequence[str], lanes: int, *, purified: bool = Fals
             purified=purified,
         )
     ]
-    return TrainingShards(tuple(units), names or tuple(str(label) for label in range(largest + 1)))
+    return TrainingShards(tuple(units), names or numbered_names(largest + 1))

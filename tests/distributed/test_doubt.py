@@ -13,7 +13,6 @@ from acsr_ray.config import ConfigError
 from acsr_ray.corpus.images import DecodeLimits
 from acsr_ray.corpus.sources import CorpusError
 from acsr_ray.corpus.units import plan_units
-from acsr_ray.demo.job import purify_or_demo
 from acsr_ray.distributed.doubt import CalibrateDoubtSettings, calibrate_doubt
 from acsr_ray.distributed.purify import PurifyCorpusSettings, deciding_settings, purify_corpus
 from acsr_ray.distributed.runtime import RaySettings
@@ -177,8 +176,3 @@ def test_a_doubt_of_another_classifier_stops_the_job_before_it_writes(
     with pytest.raises(ArtifactError, match="give --target"):
         purify_corpus(purify(shard, tmp_path / "out", tiny_bundle, doubt=str(calibrated[0])))
     assert not (tmp_path / "out").exists()
-
-
-def test_the_demo_has_no_doubt_model(tmp_path):
-    with pytest.raises(CorpusError, match="leave --doubt away"):
-        purify_or_demo(PurifyCorpusSettings(demo=True, doubt="x", output=str(tmp_path / "out")))

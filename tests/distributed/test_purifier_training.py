@@ -1,6 +1,7 @@
 """The job train_purifier on digits: a bundle in, one with a network out, for any number of workers."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +16,9 @@ from acsr_ray.clustering.gaussians import Gaussians
 from acsr_ray.config import ConfigError, parse_job
 from acsr_ray.corpus.sources import CorpusError
 from acsr_ray.distributed.latents import TRAINING_DATA
-from acsr_ray.distributed.purifier_training import TrainPurifierSettings, train_purifier
+from acsr_ray.distributed.purifier_training import TrainPurifierSettings, check_surrogate, train_purifier
 from acsr_ray.distributed.runtime import RaySettings
-from acsr_ray.models.targets import TargetError, load_target
+from acsr_ray.models.targets import TargetConfig, TargetError, build_target, load_target, save_target
 from acsr_ray.purification.bundle import RECONSTRUCTION, bundle_digest, load_bundle, save_bundle
 from acsr_ray.purification.options import PurifyOptions
 from acsr_ray.purification.purifier import Purifier
@@ -32,6 +33,7 @@ SCHEDULE = AdamConfig(
     epochs=2, batch_size=24, lanes=4, shuffle_rows=24, peak_lr=0.01, crop_padding=1, flip=False
 )
 NETWORK = UnrolledConfig(iterations=2, stride=3, deeper=(6,), sharing="filters")
+CLASS_NAMES = ("ant", "bee", "cat")
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +225,7 @@ def test_the_bundle_it_starts_from_is_not_overwritten(written, settings, make_bu
             ConfigError,
             "does not fit bundle .*33 atoms cannot be chosen from 32",
         ),
+        ({"atoms": 9}, ConfigError, "does not fit bundle .*9 atoms cannot be chosen from 8"),
         ({"network": UnrolledConfig()}, ConfigError, "stride 2 does not fit atoms of 5 pixels"),
     ],
 )
@@ -230,6 +233,73 @@ def test_what_cannot_work_is_said_before_anything_is_written(settings, tmp_path,
     with pytest.raises(error, match=message):
         train_purifier(settings(tmp_path / "out", **changes))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def write_surrogate(tmp_path):
+    def write(names, side=16, classes=None):
+        config = TargetConfig(architecture="wrn-10-1", num_classes=classes or len(names), image_size=side)
+        save_target(tmp_path / "surrogate", build_target(config), config, names, {})
+        return str(tmp_path / "surrogate")
+
+    return write
+
+
+TEN = tuple(f"digit {label}" for label in range(10))
+NUMBERED = tuple(map(str, range(10)))
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        ((CLASS_NAMES,), "has 3 classes, the shards have 10"),
+        ((NUMBERED, 32), "takes images of 32 pixels a side, --image-size is 16"),
+    ],
+)
+def test_a_surrogate_of_other_images_or_classes_is_refused(
+    settings, made, write_surrogate, tmp_path, message
+):
+    run = settings(tmp_path / "out", surrogates=(write_surrogate(*made),))
+    with pytest.raises(ConfigError, match=f"surrogate .*{message}"):
+        train_purifier(run)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("own", "shards", "bundle", "message"),
+    [
+        # By the names of the shards, whatever the bundle's are.
+        (TEN, TEN, CLASS_NAMES, None),
+        (TEN, TEN, TEN[::-1], None),
+        (NUMBERED, TEN, TEN, None),
+        ((), TEN, TEN, None),
+        (TEN[::-1], TEN, TEN[::-1], "has classes digit 9, .*; those of the images are digit 0, "),
+        (CLASS_NAMES, TEN, TEN, "has 3 classes, the shards have 10"),
+        (TEN, CLASS_NAMES, CLASS_NAMES, "has 10 classes, the shards have 3"),
+        # By those of the bundle, where it may be of the same corpus.
+        (TEN, NUMBERED, TEN, None),
+        (TEN, NUMBERED, NUMBERED, None),
+        (NUMBERED, NUMBERED, TEN, None),
+        (TEN[::-1], NUMBERED, TEN, "has classes digit 9, .*; those of the images are digit 0, "),
+        (TEN, NUMBERED[:3], CLASS_NAMES, "has 10 classes, the shards have 3"),
+        # By the labels alone, which may be some of the classes.
+        (TEN, NUMBERED, CLASS_NAMES, None),
+        (TEN, NUMBERED[:9], TEN, None),
+        (CLASS_NAMES, NUMBERED, TEN[:4], "has 3 classes, the shards have 10"),
+    ],
+)
+def test_surrogates_are_of_the_images_classes(own, shards, bundle, message, write_surrogate):
+    target = load_target(write_surrogate(own, classes=len(own) or 10))
+    refused = pytest.raises(ConfigError, match=f"surrogate mine {message}") if message else nullcontext()
+    with refused:
+        check_surrogate("mine", target, 16, shards, bundle)
+
+
+def test_a_surrogate_that_cannot_read_the_images_is_refused(surrogate):
+    target = load_target(surrogate)
+    check_surrogate("mine", target, 16, NUMBERED, TEN)
+    with pytest.raises(ConfigError, match="surrogate mine takes no images of 24 pixels a side"):
+        check_surrogate("mine", target, 24, NUMBERED, TEN)
 
 
 def test_training_goes_on_from_a_trained_network(alone, settings, tmp_path):
@@ -262,6 +332,14 @@ def test_a_network_of_another_shape_is_no_start(change, alone, settings, tmp_pat
     network = NETWORK.model_copy(update=change)
     with pytest.raises(ArtifactError, match="not the one that is to be trained"):
         train_purifier(settings(tmp_path / "out", init=output, network=network))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("atoms", [7, 64])
+def test_a_network_of_other_atoms_is_no_start(atoms, alone, settings, tmp_path):
+    _, output = alone
+    with pytest.raises(ArtifactError, match=f"has 8 atoms, --atoms is {atoms}"):
+        train_purifier(settings(tmp_path / "out", init=output, atoms=atoms))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -135,7 +135,8 @@ def test_options_give_the_pixels_of_the_purifier(tmp_path, make_unrolled_bundle,
             purified = purifier(torch.from_numpy(to_unit_range(pixels))[None])
         assert (decode_image(new["bytes"], DecodeLimits()) == to_pixels(purified[0].numpy())).all()
     # Options spelled out as they are by default are the same run; others are another one.
-    assert "nothing to do" in purify_corpus(run.model_copy(update={"reconstruction": None}))["this run"]
+    for named in (None, "unrolled"):
+        assert "nothing to do" in purify_corpus(run.model_copy(update={"reconstruction": named}))["this run"]
     for changes in ({"strength": 1.0}, {"top_k": 1}, {"reconstruction": "cbpdn"}):
         with pytest.raises(CorpusError, match=next(iter(changes))):
             purify_corpus(run.model_copy(update=changes))
@@ -150,12 +151,27 @@ def test_the_fingerprint_is_as_before_where_no_option_is_given(tmp_path, tiny_bu
     plain = deciding_settings(settings(tmp_path / "a", tmp_path / "b", tiny_bundle))
     assert sorted(plain) == ["algorithm_version", "bundle_digest", "decode", "image_column", "keep_original"]
     assert fingerprint(reconstruction=None, strength=1, top_k=1) == fingerprint()
+    assert fingerprint(reconstruction="cbpdn") == fingerprint()
     assert fingerprint(batch_size=7) == fingerprint()
     changes = (
-        *({}, {"strength": "auto"}, {"strength": 1.5}, {"top_k": 2}, {"reconstruction": "cbpdn"}),
+        *({}, {"strength": "auto"}, {"strength": 1.5}, {"top_k": 2}),
         *({"reconstruction": "unrolled"}, {"top_k": 2, "strength": 1.5}),
     )
     assert len({fingerprint(**given) for given in changes}) == len(changes)
+
+
+def test_a_bundle_of_another_default_is_another_run(tmp_path, make_unrolled_bundle):
+    def deciding(bundle, **changes):
+        return deciding_settings(settings(tmp_path / "a", tmp_path / "b", bundle, **changes))
+
+    # The same files, which purify otherwise where no reconstruction is named.
+    learnt, paper = (
+        make_unrolled_bundle(tmp_path / name, reconstruction=name) for name in ("unrolled", "cbpdn")
+    )
+    assert deciding(learnt) != deciding(paper)
+    for bundle, own, other in ((learnt, "unrolled", "cbpdn"), (paper, "cbpdn", "unrolled")):
+        assert deciding(bundle, reconstruction=own) == deciding(bundle)
+        assert deciding(bundle, reconstruction=other) != deciding(bundle)
 
 
 @pytest.mark.parametrize("begun", [False, True])

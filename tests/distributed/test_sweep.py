@@ -18,6 +18,7 @@ from acsr_ray.config import AcsrError
 from acsr_ray.distributed.runtime import RaySettings
 from acsr_ray.distributed.sweep import SweepAttacksSettings, sweep_attacks
 from acsr_ray.distributed.unit_runner import SweepError
+from acsr_ray.evaluation.grid import GridError
 from acsr_ray.models.targets import TargetConfig, build_target, save_target
 
 pytestmark = pytest.mark.ray
@@ -193,6 +194,27 @@ def test_what_cannot_work_is_refused_before_any_unit(parts, tmp_path, ray_local)
         run = settings(parts, tmp_path, "refused.yaml", attacks=[attack], choose=False, reference=None)
         with pytest.raises(AcsrError, match=message):
             sweep_attacks(run)
+    assert unit_files(tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"name": "acsr", "reconstruction": "unrolled"}, "defence broken: .*tiny has no unrolled"),
+        ({"name": "rank", "rank": 9}, r"defence broken: rank: rank must be in 1\.\.4"),
+    ],
+)
+def test_a_defence_that_cannot_be_built_is_refused_before_any_unit(
+    parts, tmp_path, tiny_bundle, ray_local, config, message
+):
+    # No attack sees it, so the first to build it would be a unit after all attacks.
+    broken = {"name": "broken", "config": {**config, "artifact": str(tiny_bundle)}}
+    attacks = [{"name": "PGD", "attack": PGD}]
+    run = settings(
+        parts, tmp_path, "broken.yaml", attacks=attacks, defenses=[broken], choose=False, reference=None
+    )
+    with pytest.raises(GridError, match=message):
+        sweep_attacks(run)
     assert unit_files(tmp_path) == set()
 
 

@@ -238,6 +238,19 @@ def test_fixed_dictionaries_are_those_of_the_clean_images(setup):
     torch.testing.assert_close(pipeline(setup.images), setup.classify(acsr(setup.images)))
 
 
+def test_fixed_dictionaries_are_all_that_the_defence_averages(setup):
+    # FGSM's one gradient is at the clean images, where the fixed choice is the defence's own.
+    config = DefenseConfig(name="acsr", artifact=str(setup.bundle), top_k=3)
+    fgsm = {"name": "fgsm", "epsilon": EPSILON}
+    fixed, white = (
+        attack(setup, config, knowledge=knowledge, attack=fgsm)["image"]
+        for knowledge in ("white_box_fixed", "white_box")
+    )
+    assert fixed == white
+    nearest = attack(setup, setup.acsr, knowledge="white_box_fixed", attack=fgsm)["image"]
+    assert fixed != nearest
+
+
 def test_fixed_dictionaries_of_another_rule_are_those_of_that_rule(setup):
     farthest = defense_of(DefenseConfig(name="rank", artifact=str(setup.bundle), rank=4), "cpu")
     nearest = defense_of(setup.acsr, "cpu")

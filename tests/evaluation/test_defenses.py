@@ -276,14 +276,29 @@ def test_options_at_their_defaults_leave_a_digest_as_it_was(config_of):
     assert json.loads(plain)["parameters"] == {"lmbda": None, "reselect": 0}
     assert defense_digest(config_of("acsr", strength=1.0, top_k=1)) == plain
     assert defense_digest(config_of("acsr", strength=1)) == plain
+    assert defense_digest(config_of("acsr", reconstruction="cbpdn")) == plain
     changes = (
-        *({}, {"strength": 2.0}, {"strength": "auto"}, {"top_k": 2}, {"reconstruction": "cbpdn"}),
+        *({}, {"strength": 2.0}, {"strength": "auto"}, {"top_k": 2}),
         *({"reconstruction": "unrolled"}, {"top_k": 2, "strength": 2.0}),
     )
     assert len({defense_digest(config_of("acsr", **given)) for given in changes}) == len(changes)
     for name in ("rank", "cluster", "random_cluster", "low_band"):
         parameters = json.loads(defense_digest(config_of(name)))["parameters"]
         assert not parameters.keys() & {"strength", "top_k", "reconstruction"}
+
+
+def test_a_bundles_own_reconstruction_by_name_is_the_same_defence(make_unrolled_bundle, tmp_path):
+    def digest(bundle, **given):
+        return defense_digest(DefenseConfig(name="acsr", artifact=str(bundle), **given))
+
+    # The same files, which purify otherwise where no reconstruction is named.
+    learnt, paper = (
+        make_unrolled_bundle(tmp_path / name, reconstruction=name) for name in ("unrolled", "cbpdn")
+    )
+    assert digest(learnt) != digest(paper)
+    for bundle, own, other in ((learnt, "unrolled", "cbpdn"), (paper, "cbpdn", "unrolled")):
+        assert digest(bundle, reconstruction=own, top_k=2) == digest(bundle, top_k=2)
+        assert digest(bundle, reconstruction=other) != digest(bundle, reconstruction=own) == digest(bundle)
 
 
 @pytest.mark.parametrize("name", ["rank", "cluster", "random_cluster", "low_band", "jpeg"])
@@ -394,6 +409,16 @@ def test_a_network_has_no_lmbda(given, learnt):
     with pytest.raises(ConfigError, match=r"acsr: lmbda .* strength"):
         build_defense(config)
     build_defense(config.model_copy(update={"reconstruction": "cbpdn"}))
+
+
+@pytest.mark.parametrize("given", [{}, {"reconstruction": "unrolled"}])
+def test_a_network_that_all_clusters_share_has_no_cluster_to_choose_anew(given, unrolled_bundle, learnt):
+    config = DefenseConfig(name="acsr", artifact=str(unrolled_bundle), reselect=1, **given)
+    with pytest.raises(ConfigError, match="acsr: reselect does nothing"):
+        build_defense(config)
+    changes = ({"reselect": 0}, {"reconstruction": "cbpdn"}, {"artifact": learnt})
+    for change in changes:
+        build_defense(config.model_copy(update=change))
 
 
 def test_gradients_reach_the_image_through_a_network(learnt, images):

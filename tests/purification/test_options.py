@@ -31,14 +31,21 @@ def purify(bundle, images, **options):
     [
         ({}, {}),
         ({"reconstruction": None, "strength": 1.0, "top_k": 1}, {}),
-        ({"reconstruction": "cbpdn"}, {"reconstruction": "cbpdn"}),
+        ({"reconstruction": "cbpdn"}, {}),
+        ({"reconstruction": "cbpdn", "top_k": 2}, {"top_k": 2}),
         ({"strength": "auto", "top_k": 3}, {"strength": "auto", "top_k": 3}),
         ({"strength": 2, "reconstruction": "unrolled"}, {"strength": 2.0, "reconstruction": "unrolled"}),
     ],
 )
-def test_what_differs_from_the_defaults(options, changed):
-    assert PurifyOptions(**options).changed() == changed
-    assert PurifyOptions(**changed) == PurifyOptions(**options)
+def test_what_differs_from_the_defaults_of_a_bundle(options, changed):
+    assert PurifyOptions(**options).changed("cbpdn") == changed
+
+
+def test_what_is_the_default_is_the_bundles_to_say():
+    for default, other in (("cbpdn", "unrolled"), ("unrolled", "cbpdn")):
+        assert PurifyOptions().changed(default) == {}
+        assert PurifyOptions(reconstruction=default).changed(default) == {}
+        assert PurifyOptions(reconstruction=other).changed(default) == {"reconstruction": other}
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,8 @@ def make(digits, tiny_bundle, tmp_path_factory):
             "surrogates": (SurrogateConfig(location=str(script), digest="s"),),
             "image_size": 16,
             "network_config": UnrolledConfig(**shape),
-            "atoms": 12,
+            # All that a cluster has where filters are its own.
+            "atoms": 8 if sharing == "filters" else 12,
             "init": "dictionary",
             "init_digest": None,
             "pairs": PairConfig(relative_l2=0.15, linf=16 / 255),
@@ -327,19 +328,26 @@ def test_a_shared_layer_starts_from_the_atoms_that_differ_most(make, tiny_bundle
     assert torch.equal(atoms, spread_atoms(bundle.atoms, 12)[None])
 
 
-@pytest.mark.parametrize(("wanted", "count"), [(8, 8), (100, 8), (3, 3)])
-def test_filters_start_from_each_clusters_own_dictionary(make, tiny_bundle, wanted, count):
+@pytest.mark.parametrize("count", [8, 3])
+def test_filters_start_from_each_clusters_own_dictionary(make, tiny_bundle, count):
     bundle = load_bundle(tiny_bundle)
-    atoms = starting_atoms(bundle, make(sharing="filters", atoms=wanted))
+    atoms = starting_atoms(bundle, make(sharing="filters", atoms=count))
     assert atoms.shape == (4, count, 3, 5, 5)
     for own, chosen in zip(bundle.atoms, atoms, strict=True):
         rows = [row.tolist() for row in own.flatten(1)]
         found = [rows.index(row.tolist()) for row in chosen.flatten(1)]
         assert len(set(found)) == count
-    network = make(sharing="filters", atoms=wanted).build().reconstruction
+    network = make(sharing="filters", atoms=count).build().reconstruction
     for position, chosen in enumerate(atoms):
         start = network.state_dict()[f"members.{position}.synthesis.0.0"]
         assert torch.equal(start[:, :3], chosen)
+
+
+@pytest.mark.parametrize(("sharing", "count"), [("filters", 9), ("global", 33), ("thresholds", 33)])
+@pytest.mark.parametrize("init", ["dictionary", "random"])
+def test_more_atoms_than_there_are_cannot_be_had(make, sharing, count, init):
+    with pytest.raises(ValueError, match=f"{count} atoms cannot be chosen from {count - 1}"):
+        make(sharing=sharing, atoms=count, init=init).build()
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)
