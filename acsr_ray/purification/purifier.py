@@ -168,7 +168,8 @@ class Purifier(nn.Module):
     def strengths(self, highpass: Tensor) -> Tensor | None:
         """Return the factor (N,) on the thresholds for each high band; None where all are 1.
 
-        A fixed strength of sparse coding is in the solvers, whose rho follows it.
+        A fixed strength of sparse coding is in the solvers, whose rho follows it. Under `auto` rho stays: one
+        of its own for each image would need a factor of the x-step of its own.
         """
         if self.options.strength == "auto":
             return self.config.auto_strength.of(noise_level(highpass))
