@@ -10,11 +10,12 @@ from torch import Tensor
 
 from acsr_ray.defenses.base import Defense
 from acsr_ray.models.classifier import pad_batch
-from acsr_ray.purification.purifier import SMALL_PIXELS, SOLVER_MICRO_BATCH, check_images
-from acsr_ray.purification.tiles import map_tiles
+from acsr_ray.purification.bands import split_bands
+from acsr_ray.purification.purifier import SOLVER_MICRO_BATCH, check_images
+from acsr_ray.purification.tiles import SMALL_PIXELS, map_tiles
 from acsr_ray.sparse.cbpdn import Cbpdn, CbpdnConfig
 from acsr_ray.sparse.prox import project_atoms
-from acsr_ray.sparse.tikhonov import TikhonovConfig, tikhonov_split
+from acsr_ray.sparse.tikhonov import TikhonovConfig
 
 CHROMA_PENALTY = 4.0
 """A chroma atom counts as one of so many times the squared frequency: half the resolution, as in JPEG."""
@@ -48,7 +49,7 @@ class DictionaryDefense(Defense):
         check_images(images)
         if not len(images):
             return images.clone()
-        lowpass, highpass = split_singly(images.to(self.device, torch.float32), self.tikhonov)
+        lowpass, highpass = split_bands(images.to(self.device, torch.float32), self.tikhonov)
         small = highpass.shape[-2] * highpass.shape[-1] <= SMALL_PIXELS
         micro_batch = SOLVER_MICRO_BATCH[self.device.type] if small else 1
         coded = torch.cat(
@@ -79,14 +80,7 @@ class LowBand(Defense):
         check_images(images)
         if not len(images):
             return images.clone()
-        return split_singly(images.float(), self.tikhonov)[0].clamp(0, 1).to(images)
-
-
-def split_singly(images: Tensor, config: TikhonovConfig) -> tuple[Tensor, Tensor]:
-    """Return (lowpass, highpass) of images (N >= 1, 3, H, W)."""
-    # One by one, as in the purifier: a batched DFT may round differently.
-    bands = [tikhonov_split(image[None], config) for image in images]
-    return torch.cat([low for low, _ in bands]), torch.cat([high for _, high in bands])
+        return split_bands(images.float(), self.tikhonov)[0].clamp(0, 1).to(images)
 
 
 def random_atoms(shape: tuple[int, int, int, int], seed: int) -> Tensor:

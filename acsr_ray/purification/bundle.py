@@ -52,7 +52,8 @@ class AutoStrength(Described):
     """
 
     reference: float = Field(0.018, gt=0)
-    """Noise level on the [0, 1] pixel scale where the strength is 1: the median of clean CIFAR-10 images."""
+    """Noise level on the [0, 1] pixel scale where the strength is 1: the median of clean images. The default
+    is that of CIFAR-10; `train_purifier` records that of its validation images."""
     slope: float = Field(0.5, ge=0)
     """Change of the strength when the level changes by the reference."""
     low: float = Field(0.5, gt=0)

@@ -18,7 +18,9 @@ class PurifyOptions(Described):
     strength: Strength = 1.0
     """How much is taken away: a factor on lmbda (cbpdn), or on every threshold (unrolled; below 1, the part
     of the change that is made). `auto`: one for each image, by its noise level and the bundle's
-    `auto_strength`."""
+    `auto_strength`. For cbpdn a number scales rho with lmbda, `auto` leaves rho as it is: so few iterations
+    end elsewhere, and the same strength takes a little more or less away (of the high band 4 % at 0.5, 6 % at
+    1.5, 11 % at 2 with the bundle cifar10-small)."""
     top_k: int = Field(1, ge=1)
     """Reconstruct with so many nearest clusters and average; 1 is the paper. No effect on an unrolled network
     that all clusters share."""

@@ -3,8 +3,8 @@
 Tikhonov split, choice of the nearest cluster by the robust encoder's latent, reconstruction, clip. The
 paper's reconstruction is CBPDN of the high band with that cluster's dictionary plus the low band; the other
 is the unrolled network of `acsr_ray.sparse.unrolled`, trained on attacks. Everything is purified; no image
-is judged. The result for an image does not depend on the other images of a call: encoder, solver and network
-always see micro-batches of a fixed shape, filled up with zeros.
+is judged. The result for an image does not depend on the other images of a call: encoder, split, solver and
+network always see micro-batches of a fixed shape, filled up with zeros.
 """
 
 from dataclasses import dataclass
@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from acsr_ray.clustering.gaussians import Gaussians
 from acsr_ray.clustering.selection import Selection, select_cluster
 from acsr_ray.models.classifier import ENCODER_MICRO_BATCH, encode, pad_batch, restore_encoder
+from acsr_ray.purification.bands import split_bands
 from acsr_ray.purification.bundle import DEFAULT_BUNDLE, Bundle, load_bundle
 from acsr_ray.purification.options import PurifyOptions
-from acsr_ray.purification.tiles import map_tiles
+from acsr_ray.purification.tiles import SMALL_PIXELS, map_tiles
 from acsr_ray.purification.unrolled import UnrolledReconstruction, fill_up
 from acsr_ray.sparse.cbpdn import Cbpdn
 from acsr_ray.sparse.noise import noise_level
-from acsr_ray.sparse.tikhonov import tikhonov_split
 
 SOLVER_MICRO_BATCH = {"cpu": 2, "cuda": 64}
 """Images per solver call up to `SMALL_PIXELS`; larger images go one by one. Fixed, see the module.
@@ -32,7 +32,6 @@ SOLVER_MICRO_BATCH = {"cpu": 2, "cuda": 64}
 Every cluster's last micro-batch is filled up, so small is good; measured on CPU, 2 images cost as little each
 as 8, and one alone twice as much.
 """
-SMALL_PIXELS = 128 * 128
 
 
 @dataclass(frozen=True)
@@ -156,12 +155,9 @@ class Purifier(nn.Module):
             images: (N, 3, H, W) float32 on the purifier's device, already checked.
             selection: cluster of each image.
         """
-        # One by one for the same reason as the micro-batches: a batched DFT may round differently.
-        bands = [tikhonov_split(image[None], self.config.tikhonov) for image in images]
-        if not bands:
+        if not len(images):
             return self._outcome(images, images, selection, selection.index.bool())
-        lowpass = torch.cat([low for low, _ in bands])
-        highpass = torch.cat([high for _, high in bands])
+        lowpass, highpass = split_bands(images, self.config.tikhonov)
         rebuilt = torch.stack(
             [self._rebuild(lowpass, highpass, index) for index in self._clusters(selection).T]
         ).mean(0)
@@ -172,7 +168,8 @@ class Purifier(nn.Module):
     def strengths(self, highpass: Tensor) -> Tensor | None:
         """Return the factor (N,) on the thresholds for each high band; None where all are 1.
 
-        A fixed strength of sparse coding is in the solvers, whose rho follows it.
+        A fixed strength of sparse coding is in the solvers, whose rho follows it. Under `auto` rho stays: one
+        of its own for each image would need a factor of the x-step of its own.
         """
         if self.options.strength == "auto":
             return self.config.auto_strength.of(noise_level(highpass))

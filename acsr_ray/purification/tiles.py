@@ -12,6 +12,8 @@ TILE = 192
 """Side of a tile in pixels, halo included."""
 HALO = 24
 """Pixels dropped at every cut: three supports of an 8-pixel atom."""
+SMALL_PIXELS = 128 * 128
+"""Images up to this size are computed in micro-batches, larger ones one by one."""
 
 
 def map_tiles(

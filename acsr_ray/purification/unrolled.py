@@ -9,14 +9,13 @@ from torch import Tensor, nn
 from acsr_ray.artifacts import ArtifactError
 from acsr_ray.models.classifier import pad_batch
 from acsr_ray.purification.bundle import Bundle
-from acsr_ray.purification.tiles import map_tiles
+from acsr_ray.purification.tiles import SMALL_PIXELS, map_tiles
 from acsr_ray.sparse.noise import noise_level
 from acsr_ray.sparse.unrolled import UnrolledCsc
 
 MICRO_BATCH = {"cpu": 16, "cuda": 256}
 """Images per call up to `SMALL_PIXELS`; larger images go one by one. Fixed, so that an image never depends
 on its neighbours."""
-SMALL_PIXELS = 128 * 128
 KEPT_SIDE = 256
 """Side of what a tile keeps, rounded up to the grid; its halo is as wide as the network reaches."""
 

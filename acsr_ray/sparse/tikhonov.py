@@ -7,6 +7,7 @@ Garcia-Cardona and Wohlberg 2018.
 """
 
 import math
+from functools import lru_cache
 
 import torch
 from pydantic import Field
@@ -31,19 +32,22 @@ def tikhonov_split(images: Tensor, config: TikhonovConfig) -> tuple[Tensor, Tens
     rows = _symmetric_index(height, pad, images.device)
     columns = _symmetric_index(width, pad, images.device)
     padded = images[..., rows[:, None], columns]
-    spectrum = torch.fft.rfft2(padded) * _response(padded, config.lmbda)
-    smooth = torch.fft.irfft2(spectrum, s=padded.shape[-2:])
+    response = _response(*padded.shape[-2:], config.lmbda, padded.dtype, padded.device)
+    smooth = torch.fft.irfft2(torch.fft.rfft2(padded) * response, s=padded.shape[-2:])
     lowpass = smooth[..., pad : pad + height, pad : pad + width]
     return lowpass, images - lowpass
 
 
-def _response(padded: Tensor, lmbda: float) -> Tensor:
-    height, width = padded.shape[-2:]
-    # Computed in float64 and rounded once, so float32 and float64 split alike.
-    frequency = torch.arange(max(height, width), dtype=torch.float64, device=padded.device)
-    rows = 4 * torch.sin(frequency[:height] * math.pi / height) ** 2
-    columns = 4 * torch.sin(frequency[: width // 2 + 1] * math.pi / width) ** 2
-    return (1 / (1 + lmbda * (rows[:, None] + columns))).to(padded.dtype)
+@lru_cache(maxsize=4)
+def _response(height: int, width: int, lmbda: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return H (height, width // 2 + 1) of the padded size; few are kept, as that of a photo is large."""
+    # Outside of any inference mode, or a later call with gradients could not use it.
+    with torch.inference_mode(False):
+        # Computed in float64 and rounded once, so float32 and float64 split alike.
+        frequency = torch.arange(max(height, width), dtype=torch.float64, device=device)
+        rows = 4 * torch.sin(frequency[:height] * math.pi / height) ** 2
+        columns = 4 * torch.sin(frequency[: width // 2 + 1] * math.pi / width) ** 2
+        return (1 / (1 + lmbda * (rows[:, None] + columns))).to(dtype)
 
 
 def _symmetric_index(size: int, pad: int, device: torch.device) -> Tensor:

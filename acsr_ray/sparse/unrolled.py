@@ -87,6 +87,7 @@ class UnrolledCsc(nn.Module):
         clusters: P.
         lmbda: weight of the l1 term that the thresholds start from.
         generator: of the deeper layers' random start.
+        analysis: (F, M, 3, s, s) filters E to start from; by default those of `ridge_analysis`.
 
     Raises:
         ValueError: atoms whose number or size does not fit the config.
@@ -99,6 +100,7 @@ class UnrolledCsc(nn.Module):
         clusters: int = 1,
         lmbda: float = 0.1,
         generator: torch.Generator | None = None,
+        analysis: Tensor | None = None,
     ) -> None:
         super().__init__()
         sets = clusters if config.sharing == "filters" else 1
@@ -113,7 +115,12 @@ class UnrolledCsc(nn.Module):
             for above, width in zip(widths, config.deeper, strict=False)
         ]
         thresholds = clusters if config.sharing == "thresholds" else 1
-        self.members = nn.ModuleList(_Member(own, deeper, config, thresholds, lmbda) for own in atoms)
+        if analysis is None:
+            analysis = torch.stack([ridge_analysis(own, config.stride) for own in atoms])
+        self.members = nn.ModuleList(
+            _Member(*filters, deeper, config, thresholds, lmbda)
+            for filters in zip(atoms, analysis, strict=True)
+        )
 
     @classmethod
     def from_weights(cls, weights: Mapping[str, Tensor], config: UnrolledConfig, clusters: int) -> Self:
@@ -124,7 +131,9 @@ class UnrolledCsc(nn.Module):
         """
         sets = clusters if config.sharing == "filters" else 1
         count, _, *support = weights["members.0.analysis.0.0"].shape
-        network = cls(torch.ones((sets, count, 3, *support)), config, clusters)
+        # Anything but the ridge analysis, which takes seconds for filters of many clusters.
+        blank = torch.ones((sets, count, 3, *support))
+        network = cls(blank, config, clusters, analysis=blank)
         network.load_state_dict(dict(weights))
         return network
 
@@ -182,6 +191,7 @@ class _Member(nn.Module):
     def __init__(
         self,
         atoms: Tensor,
+        analysis: Tensor,
         deeper: Sequence[Tensor],
         config: UnrolledConfig,
         clusters: int,
@@ -189,7 +199,6 @@ class _Member(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        analysis = ridge_analysis(atoms, config.stride)
         # Filters and thresholds are stored in units of the analysis' size, so that an optimiser which moves
         # all parameters alike (Adam) moves them in proportion.
         step = (analysis.norm() / atoms.norm()).item()

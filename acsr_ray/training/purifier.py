@@ -11,6 +11,7 @@ the multiplier the accuracy (proxy Lagrangian, Cotter et al. 2019).
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +24,11 @@ from acsr_ray.config import Described
 from acsr_ray.corpus.labelled import LabelledImages, sample_rows
 from acsr_ray.corpus.units import Unit
 from acsr_ray.models.targets import load_target
+from acsr_ray.purification.bands import split_bands
 from acsr_ray.purification.bundle import Bundle, load_bundle
 from acsr_ray.purification.purifier import Purifier
 from acsr_ray.purification.unrolled import restore_unrolled
+from acsr_ray.sparse.noise import noise_level
 from acsr_ray.sparse.prox import project_atoms
 from acsr_ray.sparse.tikhonov import tikhonov_split
 from acsr_ray.sparse.unrolled import UnrolledConfig, UnrolledCsc, spread_atoms
@@ -35,6 +38,8 @@ from acsr_ray.training.objectives import Objective
 from acsr_ray.training.pairs import PairConfig, Recipe, attack_pairs, draw_pairs
 
 EVALUATION_IMAGES = 500
+NOISE = "median_noise_level"
+"""Closing metric: what strength `auto` is to take for the noise of a clean image."""
 MULTIPLIER_RATE = 2.0
 """How much faster than a weight the multiplier's parameter moves."""
 MULTIPLIER_RANGE = (0.2, 5.0)
@@ -133,10 +138,13 @@ class PurifierTraining(Described):
         return PurifierObjective(network, self, str(device))
 
     def closing_metrics(self, model: nn.Module, held_out: LabelledImages, device: str) -> dict[str, float]:
-        """Return the surrogates' mean accuracies on validation images, bare and purified."""
+        """Return the surrogates' mean accuracies on validation images, bare and purified, and `NOISE`."""
         chosen = sample_rows(len(held_out), EVALUATION_IMAGES)
         pixels, labels = held_out.pixels[chosen], held_out.labels[chosen]
         purifier = Purifier(self.trained(model.state_dict()), device)
+        levels = predict(
+            lambda images: noise_level(split_bands(images, purifier.config.tikhonov)[1]), pixels, device
+        )
         threat = ThreatModel("linf", self.pairs.linf)
         sums = dict.fromkeys(("clean", "attacked", "purified_clean", "purified_attacked"), 0.0)
         for entry in self.surrogates:
@@ -148,16 +156,20 @@ class PurifierTraining(Described):
                 sums[f"purified_{name}"] += accuracy(predict(behind, shown, device), labels)
         shares = {f"surrogates_{name}": value / len(self.surrogates) for name, value in sums.items()}
         assert isinstance(model, ConstrainedPurifier)
-        return {"validation_images": len(labels), "multiplier": model.multiplier().item(), **shares}
+        multiplier, noise = model.multiplier().item(), levels.median().item()
+        return {"validation_images": len(labels), "multiplier": multiplier, NOISE: noise, **shares}
 
-    def trained(self, weights: Mapping[str, Tensor]) -> Bundle:
+    def trained(self, weights: Mapping[str, Tensor], noise: float | None = None) -> Bundle:
         """Return the bundle with this reconstruction, which becomes its default.
 
         Args:
             weights: state dict of what `build` returned.
+            noise: level at which strength `auto` is to be 1; None or 0, which is none, leave the bundle's.
         """
         bundle = load_bundle(self.bundle)
-        update = {"reconstruction": "unrolled", "unrolled": self.network_config}
+        update: dict[str, Any] = {"reconstruction": "unrolled", "unrolled": self.network_config}
+        if noise:
+            update["auto_strength"] = bundle.config.auto_strength.model_copy(update={"reference": noise})
         prefix = "reconstruction."
         own = {n.removeprefix(prefix): t.cpu() for n, t in weights.items() if n.startswith(prefix)}
         return replace(bundle, config=bundle.config.model_copy(update=update), reconstruction=own)

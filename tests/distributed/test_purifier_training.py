@@ -19,14 +19,16 @@ from acsr_ray.distributed.latents import TRAINING_DATA
 from acsr_ray.distributed.purifier_training import TrainPurifierSettings, check_surrogate, train_purifier
 from acsr_ray.distributed.runtime import RaySettings
 from acsr_ray.models.targets import TargetConfig, TargetError, build_target, load_target, save_target
-from acsr_ray.purification.bundle import RECONSTRUCTION, bundle_digest, load_bundle, save_bundle
+from acsr_ray.purification.bundle import RECONSTRUCTION, AutoStrength, bundle_digest, load_bundle, save_bundle
 from acsr_ray.purification.options import PurifyOptions
 from acsr_ray.purification.purifier import Purifier
 from acsr_ray.purification.unrolled import restore_unrolled
+from acsr_ray.sparse.noise import noise_level
 from acsr_ray.sparse.tikhonov import tikhonov_split
 from acsr_ray.sparse.unrolled import UnrolledConfig
 from acsr_ray.training.loop import AdamConfig
 from acsr_ray.training.pairs import PairConfig
+from acsr_ray.training.purifier import NOISE
 from acsr_ray.training.settings import RunSettings
 
 SCHEDULE = AdamConfig(
@@ -119,8 +121,17 @@ def test_the_new_bundle_purifies_with_the_network_by_default(alone, tiny_bundle,
     paper = Purifier.load(output, options=PurifyOptions(reconstruction="cbpdn"))
     assert torch.equal(paper(images), Purifier.load(tiny_bundle)(images))
     old = load_bundle(tiny_bundle)
-    kept = {"reconstruction", "unrolled"}
+    kept = {"reconstruction", "unrolled", "auto_strength"}
     assert bundle.config.model_dump(exclude=kept) == old.config.model_dump(exclude=kept)
+
+
+def test_strength_auto_is_one_at_the_noise_of_clean_images(alone, digits):
+    metrics, output = alone
+    config = load_bundle(output).config
+    _, highpass = tikhonov_split(digits.images[96:120], config.tikhonov)
+    assert config.auto_strength.reference == metrics[NOISE]
+    assert metrics[NOISE] == pytest.approx(noise_level(highpass).median().item(), rel=1e-5)
+    assert config.auto_strength == AutoStrength(reference=metrics[NOISE])
 
 
 def test_training_has_moved_the_weights(alone, settings, tmp_path):
@@ -165,7 +176,9 @@ def test_provenance_is_kept_and_added_to(alone, settings, tiny_bundle, surrogate
     again = manifest_of(tmp_path / "second")
     assert again["origin"] == "tests"
     assert again["reconstruction"]["bundle_digest"] == artifact_digest(output)
-    assert "validation_images" not in again["reconstruction"]["metrics"]
+    assert {"validation_images", NOISE}.isdisjoint(again["reconstruction"]["metrics"])
+    # No validation images, no other noise level.
+    assert second.config.auto_strength == load_bundle(output).config.auto_strength
 
 
 @pytest.mark.ray
@@ -175,6 +188,8 @@ def test_two_workers_make_the_run_of_one_process(alone, settings, tmp_path, ray_
     found = train_purifier(settings(tmp_path / "bundle", 2))
     assert found["epoch_losses"] == pytest.approx(metrics["epoch_losses"], rel=1e-3)
     assert found["surrogates_purified_clean"] == pytest.approx(metrics["surrogates_purified_clean"], abs=0.05)
+    references = [load_bundle(folder).config.auto_strength for folder in (tmp_path / "bundle", output)]
+    assert references[0] == references[1] != AutoStrength()
     weights, expected = (load_bundle(folder).reconstruction for folder in (tmp_path / "bundle", output))
     assert weights.keys() == expected.keys()
     for name, tensor in expected.items():

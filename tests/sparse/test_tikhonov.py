@@ -101,3 +101,25 @@ def test_each_image_and_channel_on_its_own():
     low, _ = tikhonov_split(images, TikhonovConfig())
     alone, _ = tikhonov_split(images[1:2, 2:3], TikhonovConfig())
     torch.testing.assert_close(low[1:2, 2:3], alone, rtol=0, atol=1e-14)
+
+
+def test_one_size_in_several_dtypes_and_strengths_of_smoothing():
+    images = _random_images((1, 3, 15, 22), seed=7)
+    for lmbda in (1.0, 9.0, 1.0):
+        low, _ = tikhonov_split(images, TikhonovConfig(lmbda=lmbda))
+        for channel in range(3):
+            expected = _dense_lowpass(images[0, channel].numpy(), lmbda, 16)
+            np.testing.assert_allclose(low[0, channel].numpy(), expected, atol=1e-12)
+        single, _ = tikhonov_split(images.float(), TikhonovConfig(lmbda=lmbda))
+        assert single.dtype == torch.float32
+        torch.testing.assert_close(single.double(), low, rtol=0, atol=2e-6)
+
+
+def test_gradients_after_a_call_in_inference_mode():
+    images = _random_images((1, 3, 23, 10), seed=8)
+    with torch.inference_mode():
+        tikhonov_split(images, TikhonovConfig())
+    images.requires_grad_()
+    low, _ = tikhonov_split(images, TikhonovConfig())
+    low.sum().backward()
+    assert images.grad.abs().max() > 0

@@ -459,6 +459,29 @@ def test_weights_make_the_network_again(sharing, moved):
     assert again.support == network.support == 5
 
 
+def test_weights_are_loaded_without_an_analysis_of_their_own(monkeypatch):
+    """Filters of many clusters would take seconds, in every process that purifies."""
+    config, atoms = _shared("filters")
+    network = _network(config, atoms, 3).float()
+    # An image of no pixel cannot be analysed.
+    monkeypatch.setattr("acsr_ray.sparse.unrolled.RIDGE_SIDE", 0)
+    with pytest.raises(RuntimeError):
+        _network(config, atoms, 3)
+    again = UnrolledCsc.from_weights(network.state_dict(), config, 3).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in network.state_dict().items())
+
+
+def test_the_analysis_can_be_given():
+    config, atoms = _shared("filters")
+    analysis = torch.stack([_random(*own.shape, seed=30 + number) for number, own in enumerate(atoms)])
+    members = UnrolledCsc(atoms, config, 3, analysis=analysis).members
+    for member, filters in zip(members, analysis, strict=True):
+        weights = member.state_dict()
+        # The high band's half, in units of the step.
+        found = weights["step"] * weights["analysis.0.0"][:, :3]
+        torch.testing.assert_close(found, filters, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("change", "clusters"),
     [

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from acsr_ray.corpus.labelled import LabelledImages
 from acsr_ray.purification.bundle import load_bundle, save_bundle
 from acsr_ray.purification.purifier import Purifier
+from acsr_ray.sparse.noise import noise_level
 from acsr_ray.sparse.tikhonov import tikhonov_split
 from acsr_ray.sparse.unrolled import UnrolledConfig, spread_atoms
 from acsr_ray.training.checkpoint import Position, read_checkpoint, restore_checkpoint, save_checkpoint
@@ -17,6 +18,7 @@ from acsr_ray.training.order import Order
 from acsr_ray.training.pairs import PairConfig, Recipe, attack_pairs, draw_pairs
 from acsr_ray.training.purifier import (
     MULTIPLIER_RANGE,
+    NOISE,
     ConstrainedPurifier,
     LossConfig,
     PurifierTraining,
@@ -419,9 +421,21 @@ def test_closing_metrics_are_accuracies_of_the_surrogates(make, digits, held_out
     purified = accuracy(predict(behind, held_out.pixels), labels)
     assert metrics["surrogates_purified_clean"] == pytest.approx(purified)
     assert metrics["surrogates_attacked"] < metrics["surrogates_clean"] - 0.2
+    _, highpass = tikhonov_split(digits.images, bundle.config.tikhonov)
+    assert metrics[NOISE] == pytest.approx(noise_level(highpass).median().item(), rel=1e-5)
+    assert metrics[NOISE] > 0.001
     # Twice the same surrogate has its accuracy.
     twice = make(surrogates=training.surrogates * 2).closing_metrics(model, held_out, "cpu")
     assert twice == pytest.approx(metrics)
+
+
+def test_strength_auto_is_one_at_the_noise_of_validation_images(make):
+    training = make()
+    weights = training.build().state_dict()
+    old = load_bundle(training.bundle).config.auto_strength
+    assert training.trained(weights, 0.03).config.auto_strength == old.model_copy(update={"reference": 0.03})
+    for unknown in (None, 0.0):
+        assert training.trained(weights, unknown).config.auto_strength == old
 
 
 def test_a_training_is_told_from_another(make):
