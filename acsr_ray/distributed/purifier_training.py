@@ -23,7 +23,7 @@ from acsr_ray.purification.bundle import (
     save_bundle,
 )
 from acsr_ray.purification.unrolled import restore_unrolled
-from acsr_ray.sparse.unrolled import UnrolledConfig, scale_thresholds
+from acsr_ray.sparse.unrolled import UnrolledConfig
 from acsr_ray.training.loop import AdamConfig
 from acsr_ray.training.pairs import PairConfig
 from acsr_ray.training.purifier import NOISE, LossConfig, PurifierTraining, SurrogateConfig
@@ -65,9 +65,6 @@ class TrainPurifierSettings(TrainSettings):
     """What to minimise."""
     optimizer: AdamConfig = AdamConfig()
     """Schedule and optimiser."""
-    threshold_scale: float = Field(1.0, gt=0)
-    """Factor on the trained thresholds in the bundle: what strength 1 is there. To be chosen on validation
-    shards; a finished training is not repeated for another one."""
     half_precision: bool = True
     """Store the network in half precision, in half the space; the rest stays as it is in the old bundle."""
     seed: int = 0
@@ -126,10 +123,9 @@ def train_purifier(settings: TrainPurifierSettings) -> dict[str, Any]:
     )
     # Without validation images, or from a run of an older version, there is no noise level.
     bundle = training.trained(trained.weights, trained.metrics.get(NOISE))
-    weights = scale_thresholds(bundle.reconstruction, settings.threshold_scale)
     if settings.half_precision:
-        weights = {name: tensor.half() for name, tensor in weights.items()}
-    bundle = replace(bundle, reconstruction=weights)
+        stored = {name: tensor.half() for name, tensor in bundle.reconstruction.items()}
+        bundle = replace(bundle, reconstruction=stored)
     if settings.name is not None:
         bundle = bundle.renamed(settings.name)
     metrics = {"train_images": shards.num_rows, **trained.metrics}
@@ -140,8 +136,6 @@ def train_purifier(settings: TrainPurifierSettings) -> dict[str, Any]:
             "bundle_digest": training.bundle_digest,
             "init_digest": training.init_digest,
             "surrogates": [entry.digest for entry in surrogates],
-            # Not in the metrics, which are those of the thresholds as they were trained.
-            "threshold_scale": settings.threshold_scale,
             # A digest, because a bundle travels and paths of the machine that made it do not.
             "settings_digest": json_digest(settings.deciding()),
             "metrics": metrics,

@@ -288,11 +288,6 @@ class _Member(nn.Module):
         return new
 
 
-def scale_thresholds(weights: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
-    """Return the state dict of a network whose every threshold is `factor` times as high."""
-    return {name: factor * t if name.endswith(".unit") else t for name, t in weights.items()}
-
-
 def spread_atoms(atoms: Tensor, count: int) -> Tensor:
     """Choose atoms that differ most: pivoted QR, each the one with most left beside those before it.
 

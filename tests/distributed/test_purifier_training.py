@@ -134,17 +134,6 @@ def test_strength_auto_is_one_at_the_noise_of_clean_images(alone, digits):
     assert config.auto_strength == AutoStrength(reference=metrics[NOISE])
 
 
-def test_strength_one_can_be_another_factor_on_the_thresholds(alone, settings, digits, tmp_path):
-    _, output = alone
-    train_purifier(settings(tmp_path / "scaled", threshold_scale=1.5, half_precision=False))
-    train_purifier(settings(tmp_path / "plain", half_precision=False))
-    assert manifest_of(tmp_path / "scaled")["reconstruction"]["threshold_scale"] == 1.5
-    assert manifest_of(output)["reconstruction"]["threshold_scale"] == 1.0
-    asked = Purifier.load(tmp_path / "plain", options=PurifyOptions(strength=1.5))(digits.images[:6])
-    torch.testing.assert_close(Purifier.load(tmp_path / "scaled")(digits.images[:6]), asked)
-    assert not torch.equal(asked, Purifier.load(tmp_path / "plain")(digits.images[:6]))
-
-
 def test_training_has_moved_the_weights(alone, settings, tmp_path):
     """Against a run whose rate is all but nothing."""
     _, output = alone

@@ -12,7 +12,6 @@ from acsr_ray.sparse.unrolled import (
     UnrolledConfig,
     UnrolledCsc,
     ridge_analysis,
-    scale_thresholds,
     spread_atoms,
 )
 
@@ -323,17 +322,6 @@ def test_strength_is_a_factor_on_the_thresholds_of_an_image(sharing, moved):
         expected = scaled(lowpass, highpass, cluster)[row]
         torch.testing.assert_close(mixed[row], expected, rtol=0, atol=1e-12)
         assert (mixed[row] - plain[row]).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("sharing", ["global", "thresholds", "filters"])
-def test_scaled_thresholds_are_that_strength(sharing, moved):
-    config, atoms = _shared(sharing)
-    network = moved(_network(config, atoms, 3), 6).float()
-    weights = scale_thresholds(network.state_dict(), 1.5)
-    bands, cluster = [band.float() for band in _bands(3)], torch.tensor([1, 0, 1])
-    again = UnrolledCsc.from_weights(weights, config, 3)(*bands, cluster)
-    torch.testing.assert_close(again, network(*bands, cluster, strength=torch.full((3,), 1.5)))
-    assert (again - network(*bands, cluster)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("low_band", ["passed", "coded"])
