@@ -41,7 +41,7 @@ def purifier(place: Place) -> Grid:
         attacks=(*weak_and_strong(), apgd(8)),
         defenses=(
             no_defense(),
-            *unrolled(place.bundle_of(data), (0.7, 1.0, 1.3)),
+            *unrolled(place.bundle_of(data), (0.9, 1.0, 1.3)),
             *coded("acsr", place.bundle_of(data), "ACSR CBPDN", (0.1,), reconstruction="cbpdn"),
             *cheap(),
         ),
@@ -62,7 +62,7 @@ def purifier_imagenet(place: Place) -> Grid:
         data=(evaluation_data(data, place, 1900, 1000),),
         targets=(sweep_target(place, data, "vgg16", "VGG-16"),),
         attacks=(*weak_and_strong(), apgd(8)),
-        defenses=(no_defense(), *unrolled(place.bundle_of(data), (0.7, 1.0, 1.3)), *cheap()),
+        defenses=(no_defense(), *unrolled(place.bundle_of(data), (0.9, 1.0, 1.3)), *cheap()),
         chunk=50,
         clean_loss=CLEAN_LOSS,
         choose=True,
