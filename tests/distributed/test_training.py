@@ -125,6 +125,7 @@ def test_checkpoints_go_to_any_uri_and_a_finished_run_is_not_made_again(alone, s
     assert len(train_target(shorter)["epoch_losses"]) == 1
 
 
+@pytest.mark.slow
 def test_rst_on_two_workers_is_that_of_one_process(shards, tmp_path, ray_local):
     """GroupNorm, so that no worker's batch statistics enter; every image has its cluster on every worker."""
     common = {"train": (shards[0],), "validation": (shards[1],), "device": "cpu"}

@@ -106,11 +106,13 @@ def test_each_image_and_channel_on_its_own():
 def test_one_size_in_several_dtypes_and_strengths_of_smoothing():
     images = _random_images((1, 3, 15, 22), seed=7)
     for lmbda in (1.0, 9.0, 1.0):
-        low, _ = tikhonov_split(images, TikhonovConfig(lmbda=lmbda))
+        # A narrow border: the dense oracle's time grows with the cube of the padded area.
+        config = TikhonovConfig(lmbda=lmbda, padding=4)
+        low, _ = tikhonov_split(images, config)
         for channel in range(3):
-            expected = _dense_lowpass(images[0, channel].numpy(), lmbda, 16)
+            expected = _dense_lowpass(images[0, channel].numpy(), lmbda, 4)
             np.testing.assert_allclose(low[0, channel].numpy(), expected, atol=1e-12)
-        single, _ = tikhonov_split(images.float(), TikhonovConfig(lmbda=lmbda))
+        single, _ = tikhonov_split(images.float(), config)
         assert single.dtype == torch.float32
         torch.testing.assert_close(single.double(), low, rtol=0, atol=2e-6)
 
