@@ -61,6 +61,7 @@ TableName = Literal[
     "purifier",
     "purifier-b0",
     "purifier-imagenet",
+    "purifier-filter",
     "purifier-ablations",
     "purifier-adaptive",
 ]
@@ -76,8 +77,9 @@ class SweepAttacksSettings(JobSettings):
     table: TableName | None = None
     """Preset: a table of the paper (4 at 64 pixels, 4-128 at 128), `adaptive` (by what the attacker knows),
     `graybox` (all defences at equal clean accuracy); of the trained reconstruction, `purifier` (against cheap
-    defences on three targets), `purifier-imagenet`, `purifier-b0` (at calibrated budgets),
-    `purifier-ablations`, and `purifier-adaptive` (attackers who know it)."""
+    defences on three targets), `purifier-imagenet`, `purifier-filter` (a content filter that it was not
+    trained for), `purifier-b0` (at calibrated budgets), `purifier-ablations`, and `purifier-adaptive`
+    (attackers who know it)."""
     figure: Literal["2", "3", "4"] | None = None
     """Preset: a figure of the paper."""
     variant: Variant = "small"

@@ -16,6 +16,7 @@ from acsr_ray.evaluation.purifier_grids import (
     purifier,
     purifier_adaptive,
     purifier_calibrated,
+    purifier_filter,
     purifier_imagenet,
 )
 from acsr_ray.evaluation.recipes import Place, Variant, needed_artifacts, recipe
@@ -32,6 +33,7 @@ PRESETS: Mapping[str, Callable[[Place], Grid]] = {
     "table purifier": purifier,
     "table purifier-b0": purifier_calibrated,
     "table purifier-imagenet": purifier_imagenet,
+    "table purifier-filter": purifier_filter,
     "table purifier-ablations": ablations,
     "table purifier-adaptive": purifier_adaptive,
     "figure 2": figure2,

@@ -51,8 +51,9 @@ def test_sparse_coding_takes_noise_from_photos(name, photos):
     assert after < 0.5 * before
 
 
-def test_the_default_of_cifar10_is_the_trained_reconstruction(photos):
+@pytest.mark.parametrize("name", NAMES)
+def test_the_default_is_the_trained_reconstruction(name, photos):
     with torch.no_grad():
-        default = Purifier.load("cifar10-small")(photos)
-        asked = Purifier.load("cifar10-small", options=PurifyOptions(reconstruction="unrolled"))(photos)
+        default = Purifier.load(name)(photos)
+        asked = Purifier.load(name, options=PurifyOptions(reconstruction="unrolled"))(photos)
     assert torch.equal(default, asked)
