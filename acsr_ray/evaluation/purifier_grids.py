@@ -36,7 +36,7 @@ def purifier(place: Place) -> Grid:
         + "The attacker sees the bare target only; the purifier was trained on attacks of other "
         "architectures. Budgets in relative l2; BIM of 20 steps, CW with c = 1 and 50 steps as it comes, "
         "without a second try where rounding undid it.",
-        data=(evaluation_data(data, place, 2000, 3000),),
+        data=(evaluation_data(data, place, 2000, 5000),),
         targets=tuple(sweep_target(place, data, name, title) for name, title in JUDGES.items()),
         attacks=(*weak_and_strong(), apgd(8)),
         defenses=(
