@@ -46,14 +46,14 @@ RECONSTRUCTION = "reconstruction.safetensors"
 
 
 class AutoStrength(Described):
-    """Strength of `auto` for an image: 1 at a noise level, growing with the level, within bounds.
+    """Strength of `auto` for an image: 1 at a reference level, growing with the level, within bounds.
 
-    s = clip(1 + slope (level / reference - 1), low, high); levels as by `acsr_ray.sparse.noise`.
+    s = clip(1 + slope (level / reference - 1), low, high)
     """
 
     reference: float = Field(0.018, gt=0)
-    """Noise level on the [0, 1] pixel scale where the strength is 1: the median of clean images. The default
-    is that of CIFAR-10; `train_purifier` records that of its validation images."""
+    """Level on the [0, 1] pixel scale where the strength is 1. The default is the median noise level of clean
+    images of CIFAR-10; `train_purifier` records those of its validation images."""
     slope: float = Field(0.5, ge=0)
     """Change of the strength when the level changes by the reference."""
     low: float = Field(0.5, gt=0)
@@ -86,7 +86,10 @@ class BundleConfig(Described):
     unrolled: UnrolledConfig | None = None
     """The unrolled network; None where none was trained."""
     auto_strength: AutoStrength = AutoStrength()
-    """What strength `auto` is."""
+    """What strength `auto` is, by the image's noise level (see `acsr_ray.sparse.noise`)."""
+    auto_by_change: AutoStrength | None = None
+    """What it is where the network is in use, by the root mean square of the change at strength 1: that tells
+    attacked images from clean ones better than noise does. None: as for sparse coding."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -17,10 +17,11 @@ class PurifyOptions(Described):
     """`cbpdn`, the paper's, or `unrolled`, trained on attacks; None: the bundle's default."""
     strength: Strength = 1.0
     """How much is taken away: a factor on lmbda (cbpdn), or on every threshold (unrolled; below 1, the part
-    of the change that is made). `auto`: one for each image, by its noise level and the bundle's
-    `auto_strength`. For cbpdn a number scales rho with lmbda, `auto` leaves rho as it is: so few iterations
-    end elsewhere, and the same strength takes a little more or less away (of the high band 4 % at 0.5, 6 % at
-    1.5, 11 % at 2 with the bundle cifar10-small)."""
+    of the change that is made). `auto`: one for each image; unrolled, by how much strength 1 changes
+    it (the bundle's `auto_by_change`), and only where that is unusual is it reconstructed again; for cbpdn,
+    by its noise level (`auto_strength`). For cbpdn a number scales rho with lmbda, `auto` leaves rho as it
+    is: so few iterations end elsewhere, and the same strength takes a little more or less away (of the high
+    band 4 % at 0.5, 6 % at 1.5, 11 % at 2 with the bundle cifar10-small)."""
     top_k: int = Field(1, ge=1)
     """Reconstruct with so many nearest clusters and average; 1 is the paper. No effect on an unrolled network
     that all clusters share."""

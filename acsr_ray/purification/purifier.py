@@ -19,7 +19,7 @@ from acsr_ray.clustering.gaussians import Gaussians
 from acsr_ray.clustering.selection import Selection, select_cluster
 from acsr_ray.models.classifier import ENCODER_MICRO_BATCH, encode, pad_batch, restore_encoder
 from acsr_ray.purification.bands import split_bands
-from acsr_ray.purification.bundle import DEFAULT_BUNDLE, Bundle, load_bundle
+from acsr_ray.purification.bundle import DEFAULT_BUNDLE, AutoStrength, Bundle, load_bundle
 from acsr_ray.purification.options import PurifyOptions
 from acsr_ray.purification.tiles import SMALL_PIXELS, map_tiles
 from acsr_ray.purification.unrolled import UnrolledReconstruction, fill_up
@@ -188,10 +188,32 @@ class Purifier(nn.Module):
 
     def _rebuild(self, lowpass: Tensor, highpass: Tensor, index: Tensor) -> Tensor:
         """Return the reconstruction with one cluster for each image, not clipped."""
+        if self.unrolled is not None and self.options.strength == "auto" and self.config.auto_by_change:
+            return self._rebuild_twice(self.unrolled, self.config.auto_by_change, lowpass, highpass, index)
         strength = self.strengths(highpass)
         if self.unrolled is not None:
             return self.unrolled(lowpass, highpass, index, strength)
         return lowpass + self._code(highpass, index, strength)
+
+    def _rebuild_twice(
+        self,
+        unrolled: UnrolledReconstruction,
+        auto: AutoStrength,
+        lowpass: Tensor,
+        highpass: Tensor,
+        index: Tensor,
+    ) -> Tensor:
+        """Return the reconstruction at strength 1; where it changes an image unusually, that of `auto`."""
+        rebuilt: Tensor = unrolled(lowpass, highpass, index)
+        difference = (rebuilt.clamp(0, 1) - (lowpass + highpass)).double()
+        # Bounded, because a root has no slope at 0.
+        change = difference.square().flatten(1).mean(1).clamp(min=1e-16).sqrt()
+        strength = auto.of(change).to(rebuilt.dtype)
+        rows = (strength != 1).nonzero()[:, 0]
+        if not len(rows):
+            return rebuilt
+        again = unrolled(lowpass[rows], highpass[rows], index[rows], strength[rows])
+        return rebuilt.index_copy(0, rows, again)
 
     def _code(self, highpass: Tensor, index: Tensor, strength: Tensor | None) -> Tensor:
         """Return the sparse reconstruction of each high band with the dictionary of its cluster."""

@@ -25,7 +25,7 @@ from acsr_ray.corpus.labelled import LabelledImages, sample_rows
 from acsr_ray.corpus.units import Unit
 from acsr_ray.models.targets import load_target
 from acsr_ray.purification.bands import split_bands
-from acsr_ray.purification.bundle import Bundle, load_bundle
+from acsr_ray.purification.bundle import AutoStrength, Bundle, load_bundle
 from acsr_ray.purification.purifier import Purifier
 from acsr_ray.purification.unrolled import restore_unrolled
 from acsr_ray.sparse.noise import noise_level
@@ -40,6 +40,12 @@ from acsr_ray.training.pairs import PairConfig, Recipe, attack_pairs, draw_pairs
 EVALUATION_IMAGES = 500
 NOISE = "median_noise_level"
 """Closing metric: what strength `auto` is to take for the noise of a clean image."""
+CHANGE = "usual_change"
+"""Closing metric: root mean square of the change to a clean image that few clean images exceed."""
+USUAL = 0.85
+"""Share of clean images that strength `auto` reconstructs once, as strength 1 does."""
+BY_CHANGE = {"slope": 3.0, "low": 1.0, "high": 2.0}
+"""Strength `auto` of a trained network, beside its reference."""
 MULTIPLIER_RATE = 2.0
 """How much faster than a weight the multiplier's parameter moves."""
 MULTIPLIER_RANGE = (0.2, 5.0)
@@ -138,12 +144,15 @@ class PurifierTraining(Described):
         return PurifierObjective(network, self, str(device))
 
     def closing_metrics(self, model: nn.Module, held_out: LabelledImages, device: str) -> dict[str, float]:
-        """Return the surrogates' mean accuracies on validation images, bare and purified, and `NOISE`."""
+        """Return mean accuracies of the surrogates, bare and purified, and the levels of strength `auto`."""
         chosen = sample_rows(len(held_out), EVALUATION_IMAGES)
         pixels, labels = held_out.pixels[chosen], held_out.labels[chosen]
         purifier = Purifier(self.trained(model.state_dict()), device)
         levels = predict(
             lambda images: noise_level(split_bands(images, purifier.config.tikhonov)[1]), pixels, device
+        )
+        changes = predict(
+            lambda images: (purifier(images) - images).square().flatten(1).mean(1).sqrt(), pixels, device
         )
         threat = ThreatModel("linf", self.pairs.linf)
         sums = dict.fromkeys(("clean", "attacked", "purified_clean", "purified_attacked"), 0.0)
@@ -157,19 +166,25 @@ class PurifierTraining(Described):
         shares = {f"surrogates_{name}": value / len(self.surrogates) for name, value in sums.items()}
         assert isinstance(model, ConstrainedPurifier)
         multiplier, noise = model.multiplier().item(), levels.median().item()
-        return {"validation_images": len(labels), "multiplier": multiplier, NOISE: noise, **shares}
+        own = {"multiplier": multiplier, NOISE: noise, CHANGE: changes.quantile(USUAL).item()}
+        return {"validation_images": len(labels), **own, **shares}
 
-    def trained(self, weights: Mapping[str, Tensor], noise: float | None = None) -> Bundle:
+    def trained(
+        self, weights: Mapping[str, Tensor], noise: float | None = None, change: float | None = None
+    ) -> Bundle:
         """Return the bundle with this reconstruction, which becomes its default.
 
         Args:
             weights: state dict of what `build` returned.
-            noise: level at which strength `auto` is to be 1; None or 0, which is none, leave the bundle's.
+            noise: level at which strength `auto` is to be 1 where it goes by noise; None or 0, which is none,
+                leave the bundle's.
+            change: the same where it goes by the change that the network makes; None or 0: it goes by noise.
         """
         bundle = load_bundle(self.bundle)
         update: dict[str, Any] = {"reconstruction": "unrolled", "unrolled": self.network_config}
         if noise:
             update["auto_strength"] = bundle.config.auto_strength.model_copy(update={"reference": noise})
+        update["auto_by_change"] = AutoStrength(reference=change, **BY_CHANGE) if change else None
         prefix = "reconstruction."
         own = {n.removeprefix(prefix): t.cpu() for n, t in weights.items() if n.startswith(prefix)}
         return replace(bundle, config=bundle.config.model_copy(update=update), reconstruction=own)

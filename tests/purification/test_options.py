@@ -140,6 +140,41 @@ def test_auto_is_the_strength_of_each_images_noise(kind, tiny_bundle, unrolled_b
         assert (outcome.images[row] - alone.images[0]).abs().max() < close
 
 
+def test_auto_by_change_rebuilds_what_strength_1_changes_unusually(make_unrolled_bundle, tmp_path, images):
+    plain = purify(make_unrolled_bundle(tmp_path / "plain"), images).images
+    change = (plain - images).square().flatten(1).mean(1).sqrt()
+    reference = change.sort().values[len(change) // 2 - 1 :][:2].mean().item()
+    auto = AutoStrength(reference=reference, slope=20.0, low=1.0, high=3.0)
+    bundle = make_unrolled_bundle(tmp_path / "auto", auto_by_change=auto)
+    assert torch.equal(purify(bundle, images).images, plain)
+    chosen = purify(bundle, images, strength="auto").images
+    usual = change <= reference
+    assert 0 < usual.sum() < len(images)
+    assert torch.equal(chosen[usual], plain[usual])
+    for row in (~usual).nonzero()[:, 0].tolist():
+        factor = auto.of(change[row : row + 1]).item()
+        assert factor > 1
+        alone = purify(bundle, images[row : row + 1], strength=factor).images[0]
+        assert (chosen[row] - alone).abs().max() < 1e-5
+        assert (alone - plain[row]).abs().max() > 1e-4
+        # Neighbours change no bit of it.
+        assert torch.equal(purify(bundle, images[row : row + 1], strength="auto").images[0], chosen[row])
+    # Sparse coding has no use for it.
+    ways = [purify(b, images, strength="auto", reconstruction="cbpdn") for b in (bundle, tmp_path / "plain")]
+    assert torch.equal(ways[0].images, ways[1].images)
+
+
+def test_auto_by_change_has_a_gradient_where_nothing_is_changed(make_unrolled_bundle, tmp_path, images):
+    bundle = make_unrolled_bundle(
+        tmp_path / "auto", auto_by_change=AutoStrength(reference=1e-3, slope=2.0, high=3.0)
+    )
+    purifier = Purifier.load(bundle, options=PurifyOptions(strength="auto"))
+    leaf = torch.cat([torch.full_like(images[:1], 0.5), images[:1]]).requires_grad_()
+    (gradient,) = torch.autograd.grad(purifier(leaf).square().sum(), leaf)
+    assert torch.isfinite(gradient).all()
+    assert gradient[1].abs().max() > 0
+
+
 def test_the_bundle_decides_what_auto_is(make_bundle, tmp_path, images):
     make_bundle(tmp_path / "b", auto_strength=AutoStrength(slope=0))
     steady = purify(tmp_path / "b", images, strength="auto")

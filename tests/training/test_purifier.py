@@ -6,7 +6,7 @@ import torch
 from pydantic import ValidationError
 
 from acsr_ray.corpus.labelled import LabelledImages
-from acsr_ray.purification.bundle import load_bundle, save_bundle
+from acsr_ray.purification.bundle import AutoStrength, load_bundle, save_bundle
 from acsr_ray.purification.purifier import Purifier
 from acsr_ray.sparse.noise import noise_level
 from acsr_ray.sparse.tikhonov import tikhonov_split
@@ -17,8 +17,11 @@ from acsr_ray.training.loop import AdamConfig, Stepper, accuracy, predict
 from acsr_ray.training.order import Order
 from acsr_ray.training.pairs import PairConfig, Recipe, attack_pairs, draw_pairs
 from acsr_ray.training.purifier import (
+    BY_CHANGE,
+    CHANGE,
     MULTIPLIER_RANGE,
     NOISE,
+    USUAL,
     ConstrainedPurifier,
     LossConfig,
     PurifierTraining,
@@ -424,6 +427,9 @@ def test_closing_metrics_are_accuracies_of_the_surrogates(make, digits, held_out
     _, highpass = tikhonov_split(digits.images, bundle.config.tikhonov)
     assert metrics[NOISE] == pytest.approx(noise_level(highpass).median().item(), rel=1e-5)
     assert metrics[NOISE] > 0.001
+    changes = (Purifier(bundle)(digits.images) - digits.images).square().flatten(1).mean(1).sqrt()
+    assert metrics[CHANGE] > 0
+    assert (changes <= metrics[CHANGE]).float().mean().item() == pytest.approx(USUAL, abs=0.01)
     # Twice the same surrogate has its accuracy.
     twice = make(surrogates=training.surrogates * 2).closing_metrics(model, held_out, "cpu")
     assert twice == pytest.approx(metrics)
@@ -436,6 +442,9 @@ def test_strength_auto_is_one_at_the_noise_of_validation_images(make):
     assert training.trained(weights, 0.03).config.auto_strength == old.model_copy(update={"reference": 0.03})
     for unknown in (None, 0.0):
         assert training.trained(weights, unknown).config.auto_strength == old
+        assert training.trained(weights, 0.03, unknown).config.auto_by_change is None
+    by_change = training.trained(weights, 0.03, 0.04).config.auto_by_change
+    assert by_change == AutoStrength(reference=0.04, **BY_CHANGE)
 
 
 def test_a_training_is_told_from_another(make):
