@@ -42,7 +42,6 @@ from acsr_ray.purification.bundle import (
     find_bundle,
 )
 from acsr_ray.purification.doubt import DoubtModel, save_doubt
-from acsr_ray.purification.doubt_stage import options_of
 from acsr_ray.purification.judge import OWN_CLASSES, Judge, load_judge
 from acsr_ray.purification.options import PurifyOptions, Reconstruction, Strength
 from acsr_ray.purification.purifier import Purifier
@@ -67,8 +66,8 @@ class CalibrateDoubtSettings(JobSettings):
     """What purifies: a bundle's directory, or the name of a packaged one."""
     reconstruction: Reconstruction | None = None
     """`cbpdn`, the paper's, or `unrolled`, trained on attacks; None: the bundle's default."""
-    strength: Strength = 1.0
-    """Factor on what is taken away, or `auto`, as for purify_corpus."""
+    strength: Strength | None = None
+    """Factor on what is taken away, or `auto`, as for purify_corpus; None: the bundle's default."""
     top_k: int = Field(1, ge=1)
     """Reconstruct with so many nearest clusters and average."""
     target: str | None = None
@@ -130,7 +129,7 @@ def calibrate_doubt(settings: CalibrateDoubtSettings) -> dict[str, Any]:
     scores = score_doubt(logistic, fitted, held_out, settings.prevalence)
     model = DoubtModel(
         bundle=bundle_digest(settings.bundle),
-        options=options_of(purifier),
+        options=purifier.options,
         classifier=judge.digest,
         image_size=judge.image_size,
         logistic=logistic,
@@ -197,7 +196,7 @@ def _observe(
         DOUBT_VERSION,
         ALGORITHM_VERSION,
         bundle_digest(settings.bundle),
-        options_of(purifier).describe(),
+        purifier.options.describe(),
         judge.digest,
         judge.image_size,
         settings.seed,

@@ -69,8 +69,8 @@ class FinetuneTargetSettings(TrainSettings):
     """How it purifies: `cbpdn` or `unrolled`; default: as the bundle says."""
     top_k: int = Field(1, ge=1)
     """Clusters that it reconstructs with and averages."""
-    strengths: tuple[Annotated[float, Field(gt=0)], ...] = Field((1.0, 2.0), min_length=1)
-    """Multiples of the purifier's own strength (lmbda, or the thresholds of the unrolled network) at which
+    strengths: tuple[Annotated[float, Field(gt=0)], ...] = Field((1.0, 1.4), min_length=1)
+    """Strengths of the purifier (factors on lmbda, or on the change that the unrolled network makes) at which
     the classifier is measured."""
     attack: GrayBoxAttack = GrayBoxAttack()
     """Attack of the report, on the bare classifier."""

@@ -22,11 +22,12 @@ from acsr_ray.purification.bundle import (
     load_bundle,
     save_bundle,
 )
+from acsr_ray.purification.options import Strength
 from acsr_ray.purification.unrolled import restore_unrolled
 from acsr_ray.sparse.unrolled import UnrolledConfig
 from acsr_ray.training.loop import AdamConfig
 from acsr_ray.training.pairs import PairConfig
-from acsr_ray.training.purifier import CHANGE, NOISE, LossConfig, PurifierTraining, SurrogateConfig
+from acsr_ray.training.purifier import LossConfig, PurifierTraining, SurrogateConfig
 from acsr_ray.training.shards import plan_training
 
 RECONSTRUCTION = "reconstruction"
@@ -36,8 +37,8 @@ RECONSTRUCTION = "reconstruction"
 class TrainPurifierSettings(TrainSettings):
     """Train the unrolled reconstruction of a bundle on attacks of surrogates; write the bundle with it.
 
-    The new bundle purifies with it by default and keeps the old reconstruction beside it. Strength `auto` is
-    there 1 for the 85 % of clean validation images that the network changes least.
+    The new bundle purifies with it by default and keeps the old reconstruction beside it. Where strength
+    `auto` is 1 is measured on the validation images.
     """
 
     bundle: str = DEFAULT_BUNDLE
@@ -65,6 +66,10 @@ class TrainPurifierSettings(TrainSettings):
     """What to minimise."""
     optimizer: AdamConfig = AdamConfig()
     """Schedule and optimiser."""
+    strength: Strength | None = None
+    """Strength of the network in the new bundle unless another is asked for; None: `auto` where its response
+    tells attacked validation images from clean ones, else 1. Networks tend to take too little away: try more
+    on validation images of your own."""
     half_precision: bool = True
     """Store the network in half precision, in half the space; the rest stays as it is in the old bundle."""
     seed: int = 0
@@ -121,8 +126,7 @@ def train_purifier(settings: TrainPurifierSettings) -> dict[str, Any]:
         run=settings.run,
         settings=settings.ray,
     )
-    # Without validation images, or from a run of an older version, there are none.
-    bundle = training.trained(trained.weights, trained.metrics.get(NOISE), trained.metrics.get(CHANGE))
+    bundle = training.trained(trained.weights, trained.metrics, settings.strength)
     if settings.half_precision:
         stored = {name: tensor.half() for name, tensor in bundle.reconstruction.items()}
         bundle = replace(bundle, reconstruction=stored)

@@ -62,8 +62,8 @@ class PurifyCorpusSettings(JobSettings):
     """What to purify with: a bundle's directory, or the name of a packaged one."""
     reconstruction: Reconstruction | None = None
     """`cbpdn`, the paper's, or `unrolled`, trained on attacks; None: the bundle's default."""
-    strength: Strength = 1.0
-    """How much is taken away, 1 being the bundle's own, or `auto`, by each image's noise."""
+    strength: Strength | None = None
+    """How much is taken away, a factor, or `auto`, one for each image; None: the bundle's default."""
     top_k: int = Field(1, ge=1)
     """Reconstruct with so many nearest clusters and average."""
     limit: int | None = Field(None, ge=1)
@@ -154,7 +154,7 @@ def deciding_settings(settings: PurifyCorpusSettings) -> dict[str, Any]:
         "image_column": settings.image_column,
         "keep_original": settings.keep_original,
         # Only what differs from the defaults, so that a new option leaves older outputs valid.
-        **settings.options.changed(load_bundle(settings.bundle).config.reconstruction),
+        **load_bundle(settings.bundle).config.changed(settings.options),
         **doubt_settings(settings.doubt, settings.target, settings.bundle, settings.options),
     }
 

@@ -20,6 +20,7 @@ from acsr_ray.evaluation.ingredients import (
 )
 from acsr_ray.evaluation.purifier_recipes import ABLATIONS, REFERENCE
 from acsr_ray.evaluation.recipes import Place
+from acsr_ray.purification.options import Strength
 
 UNROLLED = "ACSR unrolled"
 JUDGES = {"vgg16": "VGG-16", "resnet9": "ResNet-9", "googlenet": "GoogLeNet"}
@@ -41,7 +42,7 @@ def purifier(place: Place) -> Grid:
         attacks=(*weak_and_strong(), apgd(8)),
         defenses=(
             no_defense(),
-            *unrolled(place.bundle_of(data), (0.9, 1.0, 1.3)),
+            *unrolled(place.bundle_of(data), ("auto", 1.0, 1.4)),
             *coded("acsr", place.bundle_of(data), "ACSR CBPDN", (0.1,), reconstruction="cbpdn"),
             *cheap(),
         ),
@@ -62,7 +63,7 @@ def purifier_imagenet(place: Place) -> Grid:
         data=(evaluation_data(data, place, 1900, 1000),),
         targets=(sweep_target(place, data, "vgg16", "VGG-16"),),
         attacks=(*weak_and_strong(), apgd(8)),
-        defenses=(no_defense(), *unrolled(place.bundle_of(data), (0.9, 1.0, 1.3)), *cheap()),
+        defenses=(no_defense(), *unrolled(place.bundle_of(data), (1.0, 1.4)), *cheap()),
         chunk=50,
         clean_loss=CLEAN_LOSS,
         choose=True,
@@ -124,7 +125,7 @@ def purifier_calibrated(place: Place) -> Grid:
         ),
         defenses=(
             no_defense(),
-            *unrolled(place.bundle_of(data), (1.0, 2.0)),
+            *unrolled(place.bundle_of(data), ("auto", 1.0)),
             *ladder("JPEG", "jpeg", "quality", (75, 50)),
         ),
         chunk=100,
@@ -188,7 +189,7 @@ def purifier_adaptive(place: Place) -> Grid:
     data = "cifar10"
     bundle, other = place.bundle_of(data), str(place.reconstruction("random-init"))
     images = 200 if place.small else 1000
-    mine, jpeg = f"{UNROLLED} 1", "JPEG 75"
+    mine, jpeg = f"{UNROLLED} auto", "JPEG 75"
     return Grid(
         title="Attacks that know the trained reconstruction, CIFAR-10",
         caption=size_caption(place, data, cw=False)
@@ -206,7 +207,7 @@ def purifier_adaptive(place: Place) -> Grid:
         attacks=tuple(_by_knowledge(mine, jpeg)),
         defenses=(
             no_defense(),
-            *unrolled(bundle, (1.0,)),
+            *unrolled(bundle, ("auto",)),
             SweepDefense(
                 name="another purifier",
                 config=DefenseConfig(name="acsr", artifact=other, reconstruction="unrolled"),
@@ -295,11 +296,11 @@ def cheap() -> list[SweepDefense]:
     ]
 
 
-def unrolled(bundle: str, strengths: Sequence[float]) -> list[SweepDefense]:
+def unrolled(bundle: str, strengths: Sequence[Strength]) -> list[SweepDefense]:
     """Return the trained reconstruction of a bundle at several strengths, as one family."""
     return [
         SweepDefense(
-            name=f"{UNROLLED} {strength:g}",
+            name=f"{UNROLLED} {strength}",
             config=DefenseConfig(name="acsr", artifact=bundle, reconstruction="unrolled", strength=strength),
             family=UNROLLED,
         )

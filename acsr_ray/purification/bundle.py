@@ -28,7 +28,7 @@ from acsr_ray.clustering.gaussians import Gaussians
 from acsr_ray.clustering.selection import SelectionRule
 from acsr_ray.config import Described
 from acsr_ray.models.classifier import EncoderConfig
-from acsr_ray.purification.options import Reconstruction
+from acsr_ray.purification.options import PurifyOptions, Reconstruction, Strength
 from acsr_ray.sparse.cbpdn import CbpdnConfig
 from acsr_ray.sparse.tikhonov import TikhonovConfig
 from acsr_ray.sparse.unrolled import UnrolledConfig
@@ -52,8 +52,8 @@ class AutoStrength(Described):
     """
 
     reference: float = Field(0.018, gt=0)
-    """Level on the [0, 1] pixel scale where the strength is 1. The default is the median noise level of clean
-    images of CIFAR-10; `train_purifier` records those of its validation images."""
+    """Level where the strength is 1. The default is the median noise level of clean images of CIFAR-10, on
+    the [0, 1] pixel scale; `train_purifier` records those of its validation images."""
     slope: float = Field(0.5, ge=0)
     """Change of the strength when the level changes by the reference."""
     low: float = Field(0.5, gt=0)
@@ -62,7 +62,7 @@ class AutoStrength(Described):
     """Largest strength."""
 
     def of(self, level: Tensor) -> Tensor:
-        """Return the strength (N,) at noise levels (N,)."""
+        """Return the strength (N,) at levels (N,)."""
         return (1 + self.slope * (level / self.reference - 1)).clamp(self.low, self.high)
 
 
@@ -87,9 +87,11 @@ class BundleConfig(Described):
     """The unrolled network; None where none was trained."""
     auto_strength: AutoStrength = AutoStrength()
     """What strength `auto` is, by the image's noise level (see `acsr_ray.sparse.noise`)."""
-    auto_by_change: AutoStrength | None = None
-    """What it is where the network is in use, by the root mean square of the change at strength 1: that tells
-    attacked images from clean ones better than noise does. None: as for sparse coding."""
+    auto_by_response: AutoStrength | None = None
+    """What it is where the network is in use, by the network's response to its own output (see
+    `acsr_ray.purification.response`). None: as for sparse coding."""
+    unrolled_strength: Strength = 1.0
+    """Strength of the network unless another is asked for."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -108,6 +110,36 @@ class BundleConfig(Described):
         if reconstruction == "unrolled" and self.unrolled is None:
             raise ArtifactError(f"bundle {self.name} has no unrolled reconstruction; jobs/train_purifier.py")
         return self.model_copy(update={"reconstruction": reconstruction})
+
+    @property
+    def strength(self) -> Strength:
+        """Strength unless another is asked for."""
+        return self.unrolled_strength if self.reconstruction == "unrolled" else 1.0
+
+    def resolve(self, options: PurifyOptions) -> PurifyOptions:
+        """Return the options with the bundle's own ways by name, where none was asked for.
+
+        Raises:
+            ArtifactError: the reconstruction was not trained.
+        """
+        own = self.with_reconstruction(options.reconstruction)
+        strength = own.strength if options.strength is None else options.strength
+        return options.model_copy(update={"reconstruction": own.reconstruction, "strength": strength})
+
+    def changed(self, options: PurifyOptions) -> dict[str, Any]:
+        """Return the options that are not the bundle's own, as JSON: what a run's identity depends on.
+
+        The bundle's own way is the same by name as without it.
+
+        Raises:
+            ArtifactError: the reconstruction was not trained.
+        """
+        wanted = self.resolve(options)
+        usual = self.resolve(PurifyOptions(reconstruction=wanted.reconstruction))
+        own = {name for name, value in usual if getattr(wanted, name) == value} - {"reconstruction"}
+        if wanted.reconstruction == self.reconstruction:
+            own.add("reconstruction")
+        return wanted.model_dump(mode="json", exclude=own)
 
 
 @dataclass(frozen=True)

@@ -71,15 +71,10 @@ def load_checked(doubt: str, target: str | None, bundle: str, purifier: Purifier
     judge = load_judge(purifier, target, model.image_size)
     model.check(
         bundle=bundle_digest(bundle),
-        options=options_of(purifier),
+        options=purifier.options,
         classifier=judge.digest,
     )
     return model, judge
-
-
-def options_of(purifier: Purifier) -> PurifyOptions:
-    """Return how a purifier purifies, with its reconstruction by name."""
-    return purifier.options.model_copy(update={"reconstruction": purifier.config.reconstruction})
 
 
 def doubt_settings(

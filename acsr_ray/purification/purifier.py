@@ -19,8 +19,9 @@ from acsr_ray.clustering.gaussians import Gaussians
 from acsr_ray.clustering.selection import Selection, select_cluster
 from acsr_ray.models.classifier import ENCODER_MICRO_BATCH, encode, pad_batch, restore_encoder
 from acsr_ray.purification.bands import split_bands
-from acsr_ray.purification.bundle import DEFAULT_BUNDLE, AutoStrength, Bundle, load_bundle
+from acsr_ray.purification.bundle import DEFAULT_BUNDLE, Bundle, load_bundle
 from acsr_ray.purification.options import PurifyOptions
+from acsr_ray.purification.response import response
 from acsr_ray.purification.tiles import SMALL_PIXELS, map_tiles
 from acsr_ray.purification.unrolled import UnrolledReconstruction, fill_up
 from acsr_ray.sparse.cbpdn import Cbpdn
@@ -65,7 +66,8 @@ class Purifier(nn.Module):
 
     def __init__(self, bundle: Bundle, device: str = "cpu", options: PurifyOptions | None = None) -> None:
         super().__init__()
-        self.options = options or PurifyOptions()
+        self.options = bundle.config.resolve(options or PurifyOptions())
+        """What was asked for, and the bundle's own ways by name."""
         self.config = bundle.config.with_reconstruction(self.options.reconstruction)
         self.device = torch.device(device)
         if self.device.type == "cuda":
@@ -76,7 +78,11 @@ class Purifier(nn.Module):
         self.gaussians: Gaussians = bundle.gaussians.to(device, torch.float64)
         atoms = bundle.atoms.to(device)
         strength = self.options.strength
-        cbpdn = bundle.config.cbpdn if strength == "auto" else bundle.config.cbpdn.stronger(strength)
+        # A fixed strength of sparse coding is in the solvers, whose rho follows it. Under `auto` rho stays:
+        # one of its own for each image would need a factor of the x-step of its own.
+        cbpdn = bundle.config.cbpdn
+        if self.config.reconstruction == "cbpdn" and isinstance(strength, float):
+            cbpdn = cbpdn.stronger(strength)
         self.solvers = [Cbpdn(dictionary, cbpdn) for dictionary in atoms]
         self.unrolled = None
         if self.config.reconstruction == "unrolled":
@@ -165,18 +171,6 @@ class Purifier(nn.Module):
         rebuilt = torch.where(solved.view(-1, 1, 1, 1), rebuilt, lowpass)
         return self._outcome(images, rebuilt.clamp(0, 1), selection, solved)
 
-    def strengths(self, highpass: Tensor) -> Tensor | None:
-        """Return the factor (N,) on the thresholds for each high band; None where all are 1.
-
-        A fixed strength of sparse coding is in the solvers, whose rho follows it. Under `auto` rho stays: one
-        of its own for each image would need a factor of the x-step of its own.
-        """
-        if self.options.strength == "auto":
-            return self.config.auto_strength.of(noise_level(highpass))
-        if self.unrolled is None or self.options.strength == 1:
-            return None
-        return highpass.new_full((len(highpass),), self.options.strength)
-
     @property
     def uses_clusters(self) -> bool:
         """Whether the pixels depend on the chosen cluster; not where a network is shared by all."""
@@ -188,35 +182,34 @@ class Purifier(nn.Module):
 
     def _rebuild(self, lowpass: Tensor, highpass: Tensor, index: Tensor) -> Tensor:
         """Return the reconstruction with one cluster for each image, not clipped."""
-        if self.unrolled is not None and self.options.strength == "auto" and self.config.auto_by_change:
-            return self._rebuild_twice(self.unrolled, self.config.auto_by_change, lowpass, highpass, index)
-        strength = self.strengths(highpass)
-        if self.unrolled is not None:
-            return self.unrolled(lowpass, highpass, index, strength)
-        return lowpass + self._code(highpass, index, strength)
-
-    def _rebuild_twice(
-        self,
-        unrolled: UnrolledReconstruction,
-        auto: AutoStrength,
-        lowpass: Tensor,
-        highpass: Tensor,
-        index: Tensor,
-    ) -> Tensor:
-        """Return the reconstruction at strength 1; where it changes an image unusually, that of `auto`."""
-        rebuilt: Tensor = unrolled(lowpass, highpass, index)
-        difference = (rebuilt.clamp(0, 1) - (lowpass + highpass)).double()
-        # Bounded, because a root has no slope at 0.
-        change = difference.square().flatten(1).mean(1).clamp(min=1e-16).sqrt()
-        strength = auto.of(change).to(rebuilt.dtype)
-        rows = (strength != 1).nonzero()[:, 0]
-        if not len(rows):
+        if self.unrolled is None:
+            return lowpass + self._code(highpass, index)
+        images = lowpass + highpass
+        rebuilt = self.unrolled(lowpass, highpass, index)
+        strength: Tensor | float
+        if self.options.strength == 1:
             return rebuilt
-        again = unrolled(lowpass[rows], highpass[rows], index[rows], strength[rows])
-        return rebuilt.index_copy(0, rows, again)
+        if isinstance(self.options.strength, float):
+            strength = self.options.strength
+        else:
+            strength = self._auto(self.unrolled, images, rebuilt, index).to(images.dtype).view(-1, 1, 1, 1)
+        return images + strength * (rebuilt - images)
 
-    def _code(self, highpass: Tensor, index: Tensor, strength: Tensor | None) -> Tensor:
+    def _auto(
+        self, unrolled: UnrolledReconstruction, images: Tensor, rebuilt: Tensor, index: Tensor
+    ) -> Tensor:
+        """Return the strength (N,) of each image for a network that made `rebuilt` of it."""
+        if self.config.auto_by_response is None:
+            _, highpass = split_bands(images, self.config.tikhonov)
+            return self.config.auto_strength.of(noise_level(highpass))
+        once = rebuilt.clamp(0, 1)
+        twice = unrolled(*split_bands(once, self.config.tikhonov), index).clamp(0, 1)
+        return self.config.auto_by_response.of(response(images, once, twice))
+
+    def _code(self, highpass: Tensor, index: Tensor) -> Tensor:
         """Return the sparse reconstruction of each high band with the dictionary of its cluster."""
+        auto = self.options.strength == "auto"
+        strength = self.config.auto_strength.of(noise_level(highpass)) if auto else None
         small = highpass.shape[-2] * highpass.shape[-1] <= SMALL_PIXELS
         micro_batch = SOLVER_MICRO_BATCH[self.device.type] if small else 1
         positions, parts = [], []

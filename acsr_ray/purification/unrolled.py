@@ -40,18 +40,13 @@ class UnrolledReconstruction(nn.Module):
         network = restore_unrolled(bundle).requires_grad_(False).to(device)
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def forward(
-        self, lowpass: Tensor, highpass: Tensor, cluster: Tensor, strength: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, lowpass: Tensor, highpass: Tensor, cluster: Tensor) -> Tensor:
         """Return purified images (N, 3, H, W), not clipped.
 
         Args:
             lowpass: (N, 3, H, W).
             highpass: (N, 3, H, W).
             cluster: (N,) int64.
-            strength: (N,) of each image, 1 when omitted. Above 1 it is a factor on the thresholds; below,
-                where thresholds other than the trained ones would only blur, the part of the change that is
-                made.
         """
         height, width = lowpass.shape[-2:]
         small = height * width <= SMALL_PIXELS
@@ -61,8 +56,6 @@ class UnrolledReconstruction(nn.Module):
         grid = self.config.grid
         bands = F.pad(bands, (0, -width % grid, 0, -height % grid), mode="replicate")
         level = noise_level(highpass)
-        wanted = torch.ones_like(level) if strength is None else strength
-        factor = wanted.clamp(min=1)
         if self.config.sharing != "filters":
             rows = list(torch.arange(len(bands), device=bands.device).split(size))
         else:
@@ -71,21 +64,14 @@ class UnrolledReconstruction(nn.Module):
                 for position in cluster.unique().tolist()
                 for part in (cluster == position).nonzero()[:, 0].split(size)
             ]
-        results = [self._call(bands[r], cluster[r], level[r], factor[r], size) for r in rows]
-        rebuilt = torch.cat(results)[torch.cat(rows).argsort()][..., :height, :width]
-        part = wanted.clamp(max=1).view(-1, 1, 1, 1)
-        return part * rebuilt + (1 - part) * (lowpass + highpass)
+        results = [self._call(bands[r], cluster[r], level[r], size) for r in rows]
+        return torch.cat(results)[torch.cat(rows).argsort()][..., :height, :width]
 
-    def _call(self, bands: Tensor, cluster: Tensor, level: Tensor, factor: Tensor, size: int) -> Tensor:
+    def _call(self, bands: Tensor, cluster: Tensor, level: Tensor, size: int) -> Tensor:
         """Reconstruct at most `size` images, filled up to as many."""
         # One layout whatever came in, because it chooses the kernel; of the two this one is a tenth faster.
         padded = pad_batch(bands, size).contiguous(memory_format=torch.channels_last)
-        function = partial(
-            self._bands,
-            cluster=fill_up(cluster, size),
-            level=fill_up(level, size),
-            strength=fill_up(factor, size),
-        )
+        function = partial(self._bands, cluster=fill_up(cluster, size), level=fill_up(level, size))
         halo = self.config.reach(self.network.support)
         # All three on the grid, so that every tile begins at a cell of the whole image.
         kept = -(-KEPT_SIDE // self.config.grid) * self.config.grid

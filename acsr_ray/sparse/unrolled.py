@@ -154,7 +154,6 @@ class UnrolledCsc(nn.Module):
         cluster: Tensor | None = None,
         *,
         level: Tensor | None = None,
-        strength: Tensor | None = None,
     ) -> Tensor:
         """Return the purified images, not yet clipped.
 
@@ -163,24 +162,19 @@ class UnrolledCsc(nn.Module):
             highpass: (N, 3, H, W) high band, with the low band the image.
             cluster: (N,) int64 in 0..P - 1; not needed where everything is shared.
             level: (N,) noise level of the images, for tiles of a larger one; measured here when omitted.
-            strength: (N,) factor on all thresholds of an image; 1 when omitted.
         """
         if cluster is None and self.config.sharing != "global":
             raise ValueError(f"clusters have {self.config.sharing} of their own: cluster is needed")
         if level is None:
             level = noise_level(highpass)
-        if strength is None:
-            strength = torch.ones_like(level)
         if cluster is None or self.config.sharing != "filters":
-            return self.members[0](lowpass, highpass, cluster, level, strength)
+            return self.members[0](lowpass, highpass, cluster, level)
         parts, positions = [], []
         # In training every set takes part, if only without rows: distributed training needs all gradients.
         sets = range(len(self.members)) if self.training else cluster.unique().tolist()
         for position in sets:
             rows = (cluster == position).nonzero()[:, 0]
-            parts.append(
-                self.members[position](lowpass[rows], highpass[rows], None, level[rows], strength[rows])
-            )
+            parts.append(self.members[position](lowpass[rows], highpass[rows], None, level[rows]))
             positions.append(rows)
         return torch.cat(parts)[torch.cat(positions).argsort()]
 
@@ -224,15 +218,13 @@ class _Member(nn.Module):
             _each(config, torch.zeros(clusters, width)) for width in widths if config.noise_adaptive
         )
 
-    def forward(
-        self, lowpass: Tensor, highpass: Tensor, cluster: Tensor | None, level: Tensor, strength: Tensor
-    ) -> Tensor:
+    def forward(self, lowpass: Tensor, highpass: Tensor, cluster: Tensor | None, level: Tensor) -> Tensor:
         height, width = highpass.shape[-2:]
         coded_low = self.config.low_band == "coded"
         bands = torch.cat([highpass, lowpass - MID_GREY], 1) if coded_low else highpass
         grid = self.config.grid
         signal = F.pad(bands, (0, -width % grid, 0, -height % grid), mode="replicate")
-        theta = self._theta(cluster, level, strength)
+        theta = self._theta(cluster, level)
         codes: list[Tensor] = []
         for iteration in range(self.config.iterations):
             codes = self._iterate(signal, codes, iteration, theta[iteration])
@@ -240,9 +232,8 @@ class _Member(nn.Module):
         coded = _up(codes[0], output, self.config.stride)[..., :height, :width]
         return lowpass + coded[:, :3] + (coded[:, 3:] if coded_low else 0)
 
-    def _theta(self, cluster: Tensor | None, level: Tensor, strength: Tensor) -> list[list[Tensor]]:
-        """Return the thresholds (N, width, 1, 1) of each iteration and layer."""
-        unit = (self.unit * strength)[:, None]
+    def _theta(self, cluster: Tensor | None, level: Tensor) -> list[list[Tensor]]:
+        """Return the thresholds of each iteration and layer, (N or 1, width, 1, 1)."""
 
         def own(table: Tensor) -> Tensor:
             return table[cluster] if cluster is not None and len(table) > 1 else table
@@ -254,7 +245,7 @@ class _Member(nn.Module):
                 noise = (level / NOISE_UNIT)[:, None]
                 slopes = _at(self.noise_slopes, iteration)
                 theta = [base + noise * own(slope) for base, slope in zip(theta, slopes, strict=True)]
-            thresholds.append([(unit * F.relu(values))[..., None, None] for values in theta])
+            thresholds.append([(self.unit * F.relu(values))[..., None, None] for values in theta])
         return thresholds
 
     def _iterate(

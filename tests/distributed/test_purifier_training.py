@@ -28,7 +28,7 @@ from acsr_ray.sparse.tikhonov import tikhonov_split
 from acsr_ray.sparse.unrolled import UnrolledConfig
 from acsr_ray.training.loop import AdamConfig
 from acsr_ray.training.pairs import PairConfig
-from acsr_ray.training.purifier import BY_CHANGE, CHANGE, NOISE
+from acsr_ray.training.purifier import BEYOND, BY_RESPONSE, NOISE, RESPONSE, TELLING
 from acsr_ray.training.settings import RunSettings
 
 SCHEDULE = AdamConfig(
@@ -121,7 +121,7 @@ def test_the_new_bundle_purifies_with_the_network_by_default(alone, tiny_bundle,
     paper = Purifier.load(output, options=PurifyOptions(reconstruction="cbpdn"))
     assert torch.equal(paper(images), Purifier.load(tiny_bundle)(images))
     old = load_bundle(tiny_bundle)
-    kept = {"reconstruction", "unrolled", "auto_strength", "auto_by_change"}
+    kept = {"reconstruction", "unrolled", "auto_strength", "auto_by_response", "unrolled_strength"}
     assert bundle.config.model_dump(exclude=kept) == old.config.model_dump(exclude=kept)
 
 
@@ -132,7 +132,9 @@ def test_strength_auto_is_one_at_the_noise_of_clean_images(alone, digits):
     assert config.auto_strength.reference == metrics[NOISE]
     assert metrics[NOISE] == pytest.approx(noise_level(highpass).median().item(), rel=1e-5)
     assert config.auto_strength == AutoStrength(reference=metrics[NOISE])
-    assert config.auto_by_change == AutoStrength(reference=metrics[CHANGE], **BY_CHANGE)
+    telling = AutoStrength(reference=metrics[RESPONSE], **BY_RESPONSE) if metrics[BEYOND] >= TELLING else None
+    assert config.auto_by_response == telling
+    assert config.unrolled_strength == ("auto" if telling else 1)
 
 
 def test_training_has_moved_the_weights(alone, settings, tmp_path):

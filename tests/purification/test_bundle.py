@@ -258,7 +258,7 @@ def test_a_default_that_is_not_there_is_refused(tiny_bundle, copied):
 def test_settings_from_before_the_network_still_load(copied, tiny_bundle):
     path = copied / "manifest.json"
     manifest = json.loads(path.read_text())
-    for name in ("reconstruction", "unrolled", "auto_strength", "auto_by_change"):
+    for name in ("reconstruction", "unrolled", "auto_strength", "auto_by_response", "unrolled_strength"):
         del manifest["bundle"][name]
     path.write_text(json.dumps(manifest))
     assert load_bundle(copied).config == load_bundle(tiny_bundle).config

@@ -11,9 +11,13 @@ from acsr_ray.clustering.selection import Selection
 from acsr_ray.purification.bundle import AutoStrength, load_bundle
 from acsr_ray.purification.options import PurifyOptions
 from acsr_ray.purification.purifier import Purifier
+from acsr_ray.purification.response import response
 from acsr_ray.sparse.cbpdn import Cbpdn, CbpdnConfig
 from acsr_ray.sparse.noise import noise_level
 from acsr_ray.sparse.tikhonov import tikhonov_split
+
+STEEP = AutoStrength(reference=0.63, slope=10.0, low=0.5, high=1.5)
+"""Of the responses of images below some are less than the reference, and some far above it."""
 
 
 @pytest.fixture(scope="module")
@@ -24,28 +28,6 @@ def images(smooth_pixels):
 def purify(bundle, images, **options):
     with torch.no_grad():
         return Purifier.load(bundle, options=PurifyOptions(**options)).purify(images)
-
-
-@pytest.mark.parametrize(
-    ("options", "changed"),
-    [
-        ({}, {}),
-        ({"reconstruction": None, "strength": 1.0, "top_k": 1}, {}),
-        ({"reconstruction": "cbpdn"}, {}),
-        ({"reconstruction": "cbpdn", "top_k": 2}, {"top_k": 2}),
-        ({"strength": "auto", "top_k": 3}, {"strength": "auto", "top_k": 3}),
-        ({"strength": 2, "reconstruction": "unrolled"}, {"strength": 2.0, "reconstruction": "unrolled"}),
-    ],
-)
-def test_what_differs_from_the_defaults_of_a_bundle(options, changed):
-    assert PurifyOptions(**options).changed("cbpdn") == changed
-
-
-def test_what_is_the_default_is_the_bundles_to_say():
-    for default, other in (("cbpdn", "unrolled"), ("unrolled", "cbpdn")):
-        assert PurifyOptions().changed(default) == {}
-        assert PurifyOptions(reconstruction=default).changed(default) == {}
-        assert PurifyOptions(reconstruction=other).changed(default) == {"reconstruction": other}
 
 
 @pytest.mark.parametrize(
@@ -66,11 +48,47 @@ def test_options_that_mean_nothing_are_refused(name, value):
         PurifyOptions(**{name: value})
 
 
-@pytest.mark.parametrize("kind", ["tiny", "unrolled"])
-def test_options_spelled_out_are_the_defaults(kind, tiny_bundle, unrolled_bundle, images):
-    bundle = {"tiny": tiny_bundle, "unrolled": unrolled_bundle}[kind]
-    spelled = {"reconstruction": load_bundle(bundle).config.reconstruction, "strength": 1.0, "top_k": 1}
-    assert torch.equal(purify(bundle, images, **spelled).images, Purifier.load(bundle)(images))
+@pytest.mark.parametrize("kind", ["tiny", "unrolled", "by response"])
+def test_options_spelled_out_are_the_defaults(kind, ways, images):
+    config = load_bundle(ways[kind]).config
+    own = {"reconstruction": config.reconstruction, "strength": config.strength, "top_k": 1}
+    assert own["strength"] == ("auto" if kind == "by response" else 1.0)
+    assert torch.equal(purify(ways[kind], images, **own).images, Purifier.load(ways[kind])(images))
+    assert Purifier.load(ways[kind]).options == PurifyOptions(**own)
+    assert config.changed(PurifyOptions(**own)) == config.changed(PurifyOptions()) == {}
+
+
+@pytest.fixture(scope="module")
+def ways(tiny_bundle, unrolled_bundle, make_unrolled_bundle, tmp_path_factory):
+    """Bundles by what they do of themselves."""
+    path = make_unrolled_bundle(
+        tmp_path_factory.mktemp("ways") / "response", auto_by_response=STEEP, unrolled_strength="auto"
+    )
+    return {"tiny": tiny_bundle, "unrolled": unrolled_bundle, "by response": path}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "changed"),
+    [
+        ("tiny", {"top_k": 2, "strength": 1}, {"top_k": 2}),
+        ("tiny", {"strength": "auto", "top_k": 3}, {"strength": "auto", "top_k": 3}),
+        ("unrolled", {"strength": 2, "reconstruction": "unrolled"}, {"strength": 2.0}),
+        ("unrolled", {"strength": "auto"}, {"strength": "auto"}),
+        ("unrolled", {"reconstruction": "cbpdn"}, {"reconstruction": "cbpdn"}),
+        ("by response", {"strength": 1.0}, {"strength": 1.0}),
+        ("by response", {"strength": "auto"}, {}),
+        # The default of `auto` is the network's.
+        ("by response", {"reconstruction": "cbpdn"}, {"reconstruction": "cbpdn"}),
+        ("by response", {"reconstruction": "cbpdn", "strength": 1.0}, {"reconstruction": "cbpdn"}),
+        (
+            "by response",
+            {"reconstruction": "cbpdn", "strength": "auto"},
+            {"reconstruction": "cbpdn", "strength": "auto"},
+        ),
+    ],
+)
+def test_what_differs_from_the_ways_of_a_bundle(kind, options, changed, ways):
+    assert load_bundle(ways[kind]).config.changed(PurifyOptions(**options)) == changed
 
 
 @pytest.mark.parametrize("strength", [0.5, 3.0])
@@ -88,12 +106,10 @@ def test_strength_scales_lmbda_and_rho_with_it(strength, tiny_bundle, images):
     assert (strong.images - purify(tiny_bundle, images).images).abs().max() > 1 / 255
 
 
-@pytest.mark.parametrize("kind", ["tiny", "unrolled"])
-def test_more_strength_leaves_less_detail(kind, tiny_bundle, unrolled_bundle, images):
-    bundle = {"tiny": tiny_bundle, "unrolled": unrolled_bundle}[kind]
-    lowpass, _ = tikhonov_split(images, load_bundle(bundle).config.tikhonov)
+def test_more_strength_leaves_less_detail(tiny_bundle, images):
+    lowpass, _ = tikhonov_split(images, load_bundle(tiny_bundle).config.tikhonov)
     detail = [
-        (purify(bundle, images, strength=strength).images - lowpass.clamp(0, 1)).norm().item()
+        (purify(tiny_bundle, images, strength=strength).images - lowpass.clamp(0, 1)).norm().item()
         for strength in (0.25, 1.0, 4.0, 1e5)
     ]
     assert detail[0] > detail[1] > detail[2] > detail[3]
@@ -140,39 +156,34 @@ def test_auto_is_the_strength_of_each_images_noise(kind, tiny_bundle, unrolled_b
         assert (outcome.images[row] - alone.images[0]).abs().max() < close
 
 
-def test_auto_by_change_rebuilds_what_strength_1_changes_unusually(make_unrolled_bundle, tmp_path, images):
-    plain = purify(make_unrolled_bundle(tmp_path / "plain"), images).images
-    change = (plain - images).square().flatten(1).mean(1).sqrt()
-    reference = change.sort().values[len(change) // 2 - 1 :][:2].mean().item()
-    auto = AutoStrength(reference=reference, slope=20.0, low=1.0, high=3.0)
-    bundle = make_unrolled_bundle(tmp_path / "auto", auto_by_change=auto)
-    assert torch.equal(purify(bundle, images).images, plain)
-    chosen = purify(bundle, images, strength="auto").images
-    usual = change <= reference
-    assert 0 < usual.sum() < len(images)
-    assert torch.equal(chosen[usual], plain[usual])
-    for row in (~usual).nonzero()[:, 0].tolist():
-        factor = auto.of(change[row : row + 1]).item()
-        assert factor > 1
-        alone = purify(bundle, images[row : row + 1], strength=factor).images[0]
+def test_auto_by_response_is_the_strength_that_the_response_asks_for(ways, images):
+    plain = purify(ways["by response"], images, strength=1.0).images
+    again = purify(ways["by response"], plain, strength=1.0).images
+    factors = STEEP.of(response(images, plain, again))
+    assert torch.equal(plain, purify(ways["unrolled"], images).images)
+    chosen = purify(ways["by response"], images).images
+    # Some images get less than their change, some more, some as much as may be.
+    assert factors.min() < 1 < factors.max() == STEEP.high
+    for row, factor in enumerate(factors.tolist()):
+        alone = purify(ways["by response"], images[row : row + 1], strength=factor).images[0]
         assert (chosen[row] - alone).abs().max() < 1e-5
-        assert (alone - plain[row]).abs().max() > 1e-4
         # Neighbours change no bit of it.
-        assert torch.equal(purify(bundle, images[row : row + 1], strength="auto").images[0], chosen[row])
+        assert torch.equal(purify(ways["by response"], images[row : row + 1]).images[0], chosen[row])
+    assert (chosen - plain).abs().max() > 1e-3
     # Sparse coding has no use for it.
-    ways = [purify(b, images, strength="auto", reconstruction="cbpdn") for b in (bundle, tmp_path / "plain")]
-    assert torch.equal(ways[0].images, ways[1].images)
+    coded = [purify(ways[kind], images, strength="auto", reconstruction="cbpdn") for kind in list(ways)[1:]]
+    assert torch.equal(coded[0].images, coded[1].images)
 
 
-def test_auto_by_change_has_a_gradient_where_nothing_is_changed(make_unrolled_bundle, tmp_path, images):
-    bundle = make_unrolled_bundle(
-        tmp_path / "auto", auto_by_change=AutoStrength(reference=1e-3, slope=2.0, high=3.0)
-    )
-    purifier = Purifier.load(bundle, options=PurifyOptions(strength="auto"))
-    leaf = torch.cat([torch.full_like(images[:1], 0.5), images[:1]]).requires_grad_()
+def test_auto_by_response_has_a_gradient_that_is_right(ways, images):
+    purifier = Purifier.load(ways["by response"])
+    leaf = torch.cat([torch.full_like(images[:1], 0.5), images[:1].clamp(0.1, 0.9)]).requires_grad_()
     (gradient,) = torch.autograd.grad(purifier(leaf).square().sum(), leaf)
     assert torch.isfinite(gradient).all()
-    assert gradient[1].abs().max() > 0
+    step = 1e-3 * gradient / gradient.flatten(1).norm(dim=1).clamp(min=1e-9).view(-1, 1, 1, 1)
+    with torch.no_grad():
+        ahead, behind = (purifier(leaf + sign * step)[1].square().sum().item() for sign in (1, -1))
+    assert (ahead - behind) / 2e-3 == pytest.approx(gradient[1].norm().item(), rel=0.1)
 
 
 def test_the_bundle_decides_what_auto_is(make_bundle, tmp_path, images):

@@ -275,16 +275,15 @@ def test_a_row_is_computed_by_its_own_cluster(sharing, training, moved):
     config, atoms = _shared(sharing)
     network = moved(_network(config, atoms, 3), 5).train(training)
     lowpass, highpass = _bands(6)
-    strength = torch.tensor([1, 0.5, 2, 1, 1.5, 1], dtype=torch.float64)
     # Cluster 1 has no row, as happens to most clusters in most batches.
     cluster = torch.tensor([2, 0, 2, 0, 0, 2])
-    got = network(lowpass, highpass, cluster, strength=strength)
+    got = network(lowpass, highpass, cluster)
     alone = {number: _of_cluster(network, number) for number in (0, 2)}
     for row, number in enumerate(cluster.tolist()):
         rows = slice(row, row + 1)
-        expected = alone[number](lowpass[rows], highpass[rows], strength=strength[rows])
+        expected = alone[number](lowpass[rows], highpass[rows])
         torch.testing.assert_close(got[rows], expected, rtol=0, atol=1e-12)
-        other = alone[2 - number](lowpass[rows], highpass[rows], strength=strength[rows])
+        other = alone[2 - number](lowpass[rows], highpass[rows])
         assert (got[rows] - other).abs().max() > 1e-4
 
 
@@ -301,37 +300,20 @@ def test_a_cluster_changes_nothing_where_all_is_shared(moved):
     assert torch.equal(network(lowpass, highpass, torch.tensor([0, 1, 2])), network(lowpass, highpass))
 
 
-@pytest.mark.parametrize("sharing", ["global", "thresholds", "filters"])
-def test_strength_is_a_factor_on_the_thresholds_of_an_image(sharing, moved):
-    config, atoms = _shared(sharing)
-    network = moved(_network(config, atoms, 3), 6)
-    lowpass, highpass = _bands(3)
-    cluster = torch.tensor([1, 0, 1])
-    plain = network(lowpass, highpass, cluster)
-    ones = torch.ones(3, dtype=torch.float64)
-    assert torch.equal(network(lowpass, highpass, cluster, strength=ones), plain)
-    strength = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
-    mixed = network(lowpass, highpass, cluster, strength=strength)
-    torch.testing.assert_close(mixed[1], plain[1], rtol=0, atol=1e-12)
-    for row, factor in ((0, 0.5), (2, 2.0)):
-        # The thresholds themselves times the factor.
-        scaled = moved(_network(config, atoms, 3), 6)
-        for name, parameter in scaled.named_parameters():
-            if "thresholds" in name or "noise_slopes" in name:
-                parameter.data *= factor
-        expected = scaled(lowpass, highpass, cluster)[row]
-        torch.testing.assert_close(mixed[row], expected, rtol=0, atol=1e-12)
-        assert (mixed[row] - plain[row]).abs().max() > 1e-3
+def _thresholds(network, factor):
+    for name, parameter in network.named_parameters():
+        if "thresholds" in name:
+            parameter.data *= factor
+    return network
 
 
 @pytest.mark.parametrize("low_band", ["passed", "coded"])
-def test_the_strongest_leaves_the_low_band_alone(low_band):
+def test_the_higher_the_thresholds_the_less_is_added_to_the_low_band(low_band):
     lowpass, highpass = _bands()
-    network = _network(UnrolledConfig(stride=3, deeper=(4,), low_band=low_band))
     distance = []
     for factor in (0.5, 1.0, 1.5, 1e6):
-        strength = torch.full((2,), factor, dtype=torch.float64)
-        distance.append((network(lowpass, highpass, strength=strength) - lowpass).norm().item())
+        network = _thresholds(_network(UnrolledConfig(stride=3, deeper=(4,), low_band=low_band)), factor)
+        distance.append((network(lowpass, highpass) - lowpass).norm().item())
     assert distance[0] > distance[1] > distance[2] > distance[3] == 0
 
 
@@ -352,7 +334,7 @@ def test_noise_raises_the_thresholds_and_its_absence_does_not():
     assert torch.equal(adaptive(lowpass, highpass, level=silent), without)
     # Slopes are per hundredth of noise: at 0.02, thresholds are 1 + 0.4 * 2 times as high.
     noisy = adaptive(lowpass, highpass, level=silent + 0.02)
-    stronger = plain(lowpass, highpass, strength=silent + 1.8)
+    stronger = _thresholds(_with_slopes(config, 0.0), 1.8)(lowpass, highpass)
     torch.testing.assert_close(noisy, stronger, rtol=0, atol=1e-12)
     mixed = adaptive(lowpass, highpass, level=torch.tensor([0, 0.02], dtype=torch.float64))
     torch.testing.assert_close(mixed, torch.stack([without[0], noisy[1]]), rtol=0, atol=1e-12)
@@ -380,14 +362,9 @@ def test_gradient_with_respect_to_the_image_is_right(low_band, moved):
     config = UnrolledConfig(iterations=2, stride=1, deeper=(2,), low_band=low_band)
     network = moved(_network(config, _atoms(2, support=3)), 8).requires_grad_(False)
     lowpass, highpass = (band.requires_grad_() for band in _bands(2, 5, 4))
-    strength = torch.tensor([1.0, 1.3], dtype=torch.float64, requires_grad=True)
     coded = (network(lowpass, highpass) - lowpass).abs().max()
     assert coded > 0.01
-
-    def purify(low, high, factor):
-        return network(low, high, strength=factor)
-
-    assert torch.autograd.gradcheck(purify, (lowpass, highpass, strength))
+    assert torch.autograd.gradcheck(network, (lowpass, highpass))
 
 
 @pytest.mark.parametrize("sharing", ["global", "thresholds", "filters"])

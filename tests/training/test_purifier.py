@@ -5,9 +5,12 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from acsr_ray.attacks.pgd import attack_pixels
+from acsr_ray.attacks.threat import ThreatModel
 from acsr_ray.corpus.labelled import LabelledImages
 from acsr_ray.purification.bundle import AutoStrength, load_bundle, save_bundle
 from acsr_ray.purification.purifier import Purifier
+from acsr_ray.purification.response import response
 from acsr_ray.sparse.noise import noise_level
 from acsr_ray.sparse.tikhonov import tikhonov_split
 from acsr_ray.sparse.unrolled import UnrolledConfig, spread_atoms
@@ -17,10 +20,12 @@ from acsr_ray.training.loop import AdamConfig, Stepper, accuracy, predict
 from acsr_ray.training.order import Order
 from acsr_ray.training.pairs import PairConfig, Recipe, attack_pairs, draw_pairs
 from acsr_ray.training.purifier import (
-    BY_CHANGE,
-    CHANGE,
+    BEYOND,
+    BY_RESPONSE,
     MULTIPLIER_RANGE,
     NOISE,
+    RESPONSE,
+    TELLING,
     USUAL,
     ConstrainedPurifier,
     LossConfig,
@@ -427,9 +432,16 @@ def test_closing_metrics_are_accuracies_of_the_surrogates(make, digits, held_out
     _, highpass = tikhonov_split(digits.images, bundle.config.tikhonov)
     assert metrics[NOISE] == pytest.approx(noise_level(highpass).median().item(), rel=1e-5)
     assert metrics[NOISE] > 0.001
-    changes = (Purifier(bundle)(digits.images) - digits.images).square().flatten(1).mean(1).sqrt()
-    assert metrics[CHANGE] > 0
-    assert (changes <= metrics[CHANGE]).float().mean().item() == pytest.approx(USUAL, abs=0.01)
+    once = Purifier(bundle)(digits.images)
+    responses = response(digits.images, once, Purifier(bundle)(once))
+    assert metrics[RESPONSE] > 0
+    assert (responses <= metrics[RESPONSE]).double().mean().item() == pytest.approx(USUAL, abs=0.01)
+    threat = ThreatModel("linf", training.pairs.linf)
+    shown = attack_pixels(digits.model, held_out.pixels, labels, threat)
+    images = torch.from_numpy(shown).permute(0, 3, 1, 2) / 255
+    once = Purifier(bundle)(images)
+    seen = response(images, once, Purifier(bundle)(once)) > metrics[RESPONSE]
+    assert metrics[BEYOND] == pytest.approx(seen.double().mean().item())
     # Twice the same surrogate has its accuracy.
     twice = make(surrogates=training.surrogates * 2).closing_metrics(model, held_out, "cpu")
     assert twice == pytest.approx(metrics)
@@ -439,12 +451,22 @@ def test_strength_auto_is_one_at_the_noise_of_validation_images(make):
     training = make()
     weights = training.build().state_dict()
     old = load_bundle(training.bundle).config.auto_strength
-    assert training.trained(weights, 0.03).config.auto_strength == old.model_copy(update={"reference": 0.03})
-    for unknown in (None, 0.0):
+    changed = training.trained(weights, {NOISE: 0.03}).config
+    assert changed.auto_strength == old.model_copy(update={"reference": 0.03})
+    for unknown in (None, {}, {NOISE: 0.0}):
         assert training.trained(weights, unknown).config.auto_strength == old
-        assert training.trained(weights, 0.03, unknown).config.auto_by_change is None
-    by_change = training.trained(weights, 0.03, 0.04).config.auto_by_change
-    assert by_change == AutoStrength(reference=0.04, **BY_CHANGE)
+
+
+def test_auto_is_the_default_where_the_response_tells_attacked_images(make):
+    training = make()
+    weights = training.build().state_dict()
+    for share, telling in ((TELLING, True), (TELLING - 0.01, False)):
+        metrics = {NOISE: 0.03, RESPONSE: 1.4, BEYOND: share}
+        config = training.trained(weights, metrics).config
+        assert config.auto_by_response == (AutoStrength(reference=1.4, **BY_RESPONSE) if telling else None)
+        assert config.strength == ("auto" if telling else 1)
+        assert training.trained(weights, metrics, 1.5).config.strength == 1.5
+        assert config.with_reconstruction("cbpdn").strength == 1
 
 
 def test_a_training_is_told_from_another(make):
