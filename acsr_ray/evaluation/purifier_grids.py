@@ -42,8 +42,7 @@ def purifier(place: Place) -> Grid:
         attacks=(*weak_and_strong(), apgd(8)),
         defenses=(
             no_defense(),
-            *unrolled(place.bundle_of(data), ("auto", 1.0, 1.4)),
-            *coded("acsr", place.bundle_of(data), "ACSR CBPDN", (0.1,), reconstruction="cbpdn"),
+            *unrolled(place.bundle_of(data), ("auto", 1.0)),
             *cheap(),
         ),
         chunk=100,
