@@ -207,7 +207,7 @@ def save_tiny_doubt(directory: Path, purifier: Path, classifier: str = OWN_CLASS
     )
     fields = {
         "bundle": bundle_digest(purifier),
-        "options": PurifyOptions(reconstruction="cbpdn"),
+        "options": PurifyOptions(reconstruction="cbpdn", strength=1.0),
         "classifier": classifier,
         "image_size": 16,
         "logistic": logistic,

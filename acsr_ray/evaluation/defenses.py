@@ -16,7 +16,7 @@ from acsr_ray.defenses.base import Defense
 from acsr_ray.evaluation.cluster_defenses import PurifierDefense
 from acsr_ray.evaluation.defense_registry import DEFENSES, OPTIONS, BuildRequest
 from acsr_ray.purification.bundle import ALGORITHM_VERSION, find_bundle, load_bundle
-from acsr_ray.purification.options import Reconstruction, Strength
+from acsr_ray.purification.options import PurifyOptions, Reconstruction, Strength
 
 __all__ = [
     "DEFENSES",
@@ -186,11 +186,12 @@ def defense_digest(config: DefenseConfig) -> str:
     The artifact enters by its digest, not its path. Raises `ArtifactError` when it is missing or was changed.
     """
     check_artifact(config)
-    # Options of the purifier enter where they differ from the defaults: a new one leaves older cells valid.
-    plain = {name for name, value in OPTIONS.items() if config.given().get(name, value) == value}
-    if config.reconstruction and config.reconstruction == _own_reconstruction(config):
-        plain.add("reconstruction")
-    parameters = {name: value for name, value in config.parameters().items() if name not in plain}
+    # Options of the purifier enter where they differ from its own ways: a new one leaves older cells valid.
+    asked = {name: value for name, value in config.given().items() if name in OPTIONS}
+    changed = {}
+    if asked:
+        changed = load_bundle(config.artifact or "").config.changed(PurifyOptions.model_validate(asked))
+    parameters = {name: value for name, value in config.parameters().items() if name not in OPTIONS} | changed
     content: dict[str, Any] = {
         "name": config.name,
         "seed": config.seed,
@@ -204,10 +205,6 @@ def defense_digest(config: DefenseConfig) -> str:
     if kind in ("bundle", "global_dictionary"):
         content["algorithm_version"] = ALGORITHM_VERSION
     return json.dumps(content, sort_keys=True)
-
-
-def _own_reconstruction(config: DefenseConfig) -> Reconstruction:
-    return load_bundle(config.artifact or "").config.reconstruction
 
 
 def _shown(key: str, value: Any) -> str:  # noqa: ANN401

@@ -60,7 +60,7 @@ def test_the_job_leaves_a_model_its_report_and_its_measures(calibrated, tiny_bun
     output, _, summary = calibrated
     model = load_doubt(output)
     assert model.bundle == bundle_digest(tiny_bundle)
-    assert model.options == PurifyOptions(reconstruction="cbpdn")
+    assert model.options == PurifyOptions(reconstruction="cbpdn", strength=1.0)
     assert model.image_size == 20
     manifest = json.loads((output / "manifest.json").read_text())
     assert manifest["images"] == {"fitted": IMAGES // 2, "held_out": IMAGES // 2, "side": 20}
