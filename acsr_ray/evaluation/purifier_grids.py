@@ -167,10 +167,9 @@ def ablations(place: Place) -> Grid:
 
 
 def _decisions(bundle: str) -> list[SweepDefense]:
-    """Return the packaged bundle's reconstructions with strength by noise, and with several clusters."""
+    """Return the packaged bundle's network, and its CBPDN: strength by noise, several clusters."""
     settings: dict[str, dict[str, Any]] = {
-        "packaged": {"reconstruction": "unrolled"},
-        "packaged, auto": {"reconstruction": "unrolled", "strength": "auto"},
+        "packaged": {"reconstruction": "unrolled", "strength": 1.0},
         "CBPDN": {"reconstruction": "cbpdn"},
         "CBPDN, auto": {"reconstruction": "cbpdn", "strength": "auto"},
         "CBPDN, 3 clusters": {"reconstruction": "cbpdn", "top_k": 3},
