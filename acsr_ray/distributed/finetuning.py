@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import ray
@@ -39,7 +39,7 @@ from acsr_ray.evaluation.finetuning import (
 from acsr_ray.models.classifier import EncoderConfig
 from acsr_ray.models.targets import Target, TargetConfig, TargetError, load_target, save_target
 from acsr_ray.purification.bundle import DEFAULT_BUNDLE, bundle_digest, load_bundle
-from acsr_ray.purification.options import PurifyOptions, Reconstruction
+from acsr_ray.purification.options import PurifyOptions, Reconstruction, Strength
 from acsr_ray.training.loop import OptimizerConfig, resolve_device
 from acsr_ray.training.shards import TrainingShards, plan_training
 from acsr_ray.training.target import TargetTraining, weights_digest
@@ -69,9 +69,8 @@ class FinetuneTargetSettings(TrainSettings):
     """How it purifies: `cbpdn` or `unrolled`; default: as the bundle says."""
     top_k: int = Field(1, ge=1)
     """Clusters that it reconstructs with and averages."""
-    strengths: tuple[Annotated[float, Field(gt=0)], ...] = Field((1.0, 1.4), min_length=1)
-    """Strengths of the purifier (factors on lmbda, or on the change that the unrolled network makes) at which
-    the classifier is measured."""
+    strengths: tuple[Strength, ...] = Field((1.0, 1.4), min_length=1)
+    """Strengths of the purifier, as for purify_corpus, at which the classifier is measured."""
     attack: GrayBoxAttack = GrayBoxAttack()
     """Attack of the report, on the bare classifier."""
     validation_images: int = Field(1000, ge=1)

@@ -24,7 +24,7 @@ from acsr_ray.corpus.images import Pixels, to_pixels
 from acsr_ray.evaluation.intervals import Share, wilson_share
 from acsr_ray.evaluation.statistics import paired_difference
 from acsr_ray.evaluation.tables import Table, escape_markdown, to_markdown
-from acsr_ray.purification.options import PurifyOptions
+from acsr_ray.purification.options import PurifyOptions, Strength
 from acsr_ray.purification.purifier import Purifier
 from acsr_ray.training.loop import predict
 
@@ -79,8 +79,8 @@ class Pair:
 class Outcomes:
     """What became of the images behind one purifier."""
 
-    strength: float | None
-    """Factor on the purifier's own strength; None: no purifier."""
+    strength: Strength | None
+    """Of the purifier; None: no purifier."""
     clean: Pair
     attacked: Pair
     """Attacked on the classifier before the fine-tuning."""
@@ -93,7 +93,7 @@ class Outcomes:
         return {"strength": self.strength, **pairs}
 
 
-def purifier_at(bundle: str, options: PurifyOptions, strength: float, device: str = "cpu") -> Purifier:
+def purifier_at(bundle: str, options: PurifyOptions, strength: Strength, device: str = "cpu") -> Purifier:
     """Load a bundle's purifier at another strength than its options say.
 
     Raises:
@@ -108,8 +108,8 @@ def compare_classifiers(
     pixels: Pixels,
     labels: NDArray[np.int64],
     *,
-    purifier: Callable[[float, str], nn.Module],
-    strengths: Sequence[float],
+    purifier: Callable[[Strength, str], nn.Module],
+    strengths: Sequence[Strength],
     threat: ThreatModel,
     device: str,
 ) -> tuple[Outcomes, ...]:
@@ -163,7 +163,8 @@ def strongest_borne(outcomes: Sequence[Outcomes]) -> dict[str, float | None]:
             found.strength
             for found in outcomes
             # The slack is for shares that are equal but for rounding.
-            if found.strength and bare - found.clean.shares[position].value <= BORNE_LOSS + 1e-9
+            if isinstance(found.strength, float)
+            and bare - found.clean.shares[position].value <= BORNE_LOSS + 1e-9
         ]
         borne[name] = max(strengths, default=None)
     return borne
@@ -172,7 +173,7 @@ def strongest_borne(outcomes: Sequence[Outcomes]) -> dict[str, float | None]:
 def borne_line(outcomes: Sequence[Outcomes]) -> str:
     """Return the sentence that says how much stronger a purifier is borne after the fine-tuning."""
     words = {
-        name: "none of those measured" if strength is None else f"strength {strength:g}"
+        name: "none of those measured" if strength is None else _shown(strength)
         for name, strength in strongest_borne(outcomes).items()
     }
     bare = next(found for found in outcomes if found.strength is None).clean.shares[0].value
@@ -192,7 +193,7 @@ def finetuning_tables(
         purifier: what it is called.
         attack: what the attacked images are.
     """
-    names = ["none" if found.strength is None else f"strength {found.strength:g}" for found in outcomes]
+    names = ["none" if found.strength is None else _shown(found.strength) for found in outcomes]
     note = f"{len(outcomes[0].clean.before)} images; percent [95 %]; purifier {purifier}."
     clean = tuple((name, *found.clean.cells()) for name, found in zip(names, outcomes, strict=True))
     # An attack on the old classifier is what it met before in either case, so that column stands once.
@@ -237,3 +238,7 @@ def finetuning_markdown(
             *tables,
         ]
     )
+
+
+def _shown(strength: Strength) -> str:
+    return f"strength {strength}" if isinstance(strength, str) else f"strength {strength:g}"

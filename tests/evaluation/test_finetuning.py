@@ -20,7 +20,7 @@ from acsr_ray.evaluation.finetuning import (
     purifier_at,
     strongest_borne,
 )
-from acsr_ray.purification.options import PurifyOptions
+from acsr_ray.purification.options import PurifyOptions, Strength
 from acsr_ray.purification.purifier import Purifier
 from acsr_ray.training.loop import predict
 
@@ -104,7 +104,7 @@ def right(count: int, of: int = 200) -> np.ndarray:
     return np.arange(of) < count
 
 
-def outcome(strength: float | None, before: int, after: int) -> Outcomes:
+def outcome(strength: Strength | None, before: int, after: int) -> Outcomes:
     pair = Pair(right(before), right(after))
     return Outcomes(strength, pair, pair, pair)
 
@@ -120,6 +120,8 @@ def outcome(strength: float | None, before: int, after: int) -> Outcomes:
         ((190, 150), [(1.0, 190, 150)], (1.0, None)),
         # Better behind the stronger one than behind the weaker.
         ((190, 190), [(1.0, 100, 190), (2.0, 189, 100)], (2.0, 1.0)),
+        # Nothing is stronger or weaker than `auto`.
+        ((190, 190), [("auto", 190, 190), (0.5, 188, 187)], (0.5, None)),
     ],
 )
 def test_the_strongest_that_costs_at_most_a_point_is_borne(bare, found, borne):
@@ -133,9 +135,9 @@ def test_the_strongest_that_costs_at_most_a_point_is_borne(bare, found, borne):
 def test_tables_hold_both_accuracies_and_the_paired_difference():
     pair, other = Pair(right(100), right(150)), Pair(right(50), right(40))
     itself = Pair(other.before, right(20))
-    found = [Outcomes(None, pair, other, itself), Outcomes(1.5, other, pair, itself)]
+    found = [Outcomes(None, pair, other, itself), Outcomes("auto", other, pair, itself)]
     clean, attacked = finetuning_tables(found, "mine (cbpdn)", GrayBoxAttack())
-    assert [row[0] for row in clean.rows] == ["none", "strength 1.5"]
+    assert [row[0] for row in clean.rows] == ["none", "strength auto"]
     start = [[cell.split(" [")[0] for cell in row[1:]] for row in clean.rows]
     assert start == [["50.0", "75.0", "+25.0"], ["25.0", "20.0", "-5.0"]]
     start = [[cell.split(" [")[0] for cell in row[1:]] for row in attacked.rows]
