@@ -62,7 +62,7 @@ def purifier_imagenet(place: Place) -> Grid:
         data=(evaluation_data(data, place, 1900, 1000),),
         targets=(sweep_target(place, data, "vgg16", "VGG-16"),),
         attacks=(*weak_and_strong(), apgd(8)),
-        defenses=(no_defense(), *unrolled(place.bundle_of(data), (1.0, 1.4)), *cheap()),
+        defenses=(no_defense(), *unrolled(place.bundle_of(data), (1.4,)), *cheap()),
         chunk=50,
         clean_loss=CLEAN_LOSS,
         choose=True,
@@ -186,15 +186,16 @@ def purifier_adaptive(place: Place) -> Grid:
     """Attackers who know the trained reconstruction, for a plain and an adversarially trained target."""
     data = "cifar10"
     bundle, other = place.bundle_of(data), str(place.reconstruction("random-init"))
-    images = 200 if place.small else 1000
+    # Every step of a white-box attack is two passes of the network and their gradients.
+    images, few, steps, queries = (64, 20, 20, 300) if place.small else (1000, 50, 40, 500)
     mine, jpeg = f"{UNROLLED} auto", "JPEG 75"
     return Grid(
         title="Attacks that know the trained reconstruction, CIFAR-10",
         caption=size_caption(place, data, cw=False)
-        + "PGD of 40 steps. White-box follows the gradients of purifier and target; transfer those of a "
-        "purifier trained on fewer images from other weights (`random-init` of the ablations; a stronger "
+        + f"PGD of {steps} steps, Square of {queries} queries. White-box follows the gradients of purifier and "
+        "target; transfer those of a purifier trained on fewer images from other weights (`random-init` of the ablations; a stronger "
         "substitute would transfer more), and the target; low-frequency may add what the split's low band "
-        "passes, at the whole budget. Square has 500 queries. The adversarially trained target is a "
+        "passes, at the whole budget. The adversarially trained target is a "
         "WideResNet-16-1 (PGD, l2 0.3), an architecture that is among the surrogates.",
         layout="adaptive",
         data=(evaluation_data(data, place, images),),
@@ -202,7 +203,7 @@ def purifier_adaptive(place: Place) -> Grid:
             sweep_target(place, data, "vgg16", "VGG-16"),
             SweepTarget(name="WRN-16-1, PGD-AT", location=str(place.encoder("pgdat")), data=(data,)),
         ),
-        attacks=tuple(_by_knowledge(mine, jpeg)),
+        attacks=tuple(_by_knowledge(mine, jpeg, few, steps, queries)),
         defenses=(
             no_defense(),
             *unrolled(bundle, ("auto",)),
@@ -217,7 +218,7 @@ def purifier_adaptive(place: Place) -> Grid:
     )
 
 
-def _by_knowledge(mine: str, jpeg: str) -> Iterator[SweepAttack]:
+def _by_knowledge(mine: str, jpeg: str, few: int, steps: int, queries: int) -> Iterator[SweepAttack]:
     budgets: dict[str, tuple[Norm, float]] = {"l2 0.5": ("l2", 0.5), "linf 8/255": ("linf", 8 / 255)}
     seen: dict[str, tuple[str, tuple[str, ...] | None]] = {
         "gray-box": ("gray_box", None),
@@ -227,7 +228,7 @@ def _by_knowledge(mine: str, jpeg: str) -> Iterator[SweepAttack]:
         "white-box": ("white_box", ("none", mine)),
     }
     for budget, (norm, epsilon) in budgets.items():
-        attack = AttackConfig(name="pgd", norm=norm, epsilon=epsilon, steps=40)
+        attack = AttackConfig(name="pgd", norm=norm, epsilon=epsilon, steps=steps)
         for title, (knowledge, defenses) in seen.items():
             yield SweepAttack.model_validate(
                 {
@@ -241,10 +242,10 @@ def _by_knowledge(mine: str, jpeg: str) -> Iterator[SweepAttack]:
             )
         # An attack without gradients must not do better than one that follows them.
         yield SweepAttack(
-            name=f"Square (first 50 images), {budget}",
-            attack=AttackConfig(name="square", norm=norm, epsilon=epsilon, queries=500),
+            name=f"Square (first {few} images), {budget}",
+            attack=AttackConfig(name="square", norm=norm, epsilon=epsilon, queries=queries),
             knowledge="white_box",
-            images=50,
+            images=few,
             defenses=("none", mine),
             block=budget,
         )
@@ -252,12 +253,12 @@ def _by_knowledge(mine: str, jpeg: str) -> Iterator[SweepAttack]:
     for name, norm, epsilon in (("l2 4", "l2", 4.0), ("linf 64/255", "linf", 64 / 255)):
         yield SweepAttack.model_validate(
             {
-                "name": f"white-box, {name} (first 50 images)",
+                "name": f"white-box, {name} (first {few} images)",
                 "attack": AttackConfig.model_validate(
-                    {"name": "pgd", "norm": norm, "epsilon": epsilon, "steps": 40}
+                    {"name": "pgd", "norm": norm, "epsilon": epsilon, "steps": steps}
                 ),
                 "knowledge": "white_box",
-                "images": 50,
+                "images": few,
                 "defenses": ("none", mine),
                 "block": "Sanity",
             }
