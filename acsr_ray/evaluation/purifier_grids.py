@@ -192,10 +192,10 @@ def purifier_adaptive(place: Place) -> Grid:
     return Grid(
         title="Attacks that know the trained reconstruction, CIFAR-10",
         caption=size_caption(place, data, cw=False)
-        + f"PGD of {steps} steps, Square of {queries} queries. White-box follows the gradients of purifier and "
-        "target; transfer those of a purifier trained on fewer images from other weights (`random-init` of the ablations; a stronger "
-        "substitute would transfer more), and the target; low-frequency may add what the split's low band "
-        "passes, at the whole budget. The adversarially trained target is a "
+        + f"PGD of {steps} steps, Square of {queries} queries. White-box follows the gradients of purifier "
+        "and target; transfer those of a purifier trained on fewer images from other weights (`random-init` "
+        "of the ablations; a stronger substitute would transfer more), and the target; low-frequency may add "
+        "what the split's low band passes, at the whole budget. The adversarially trained target is a "
         "WideResNet-16-1 (PGD, l2 0.3), an architecture that is among the surrogates.",
         layout="adaptive",
         data=(evaluation_data(data, place, images),),
