@@ -70,7 +70,8 @@ class FinetuneTargetSettings(TrainSettings):
     top_k: int = Field(1, ge=1)
     """Clusters that it reconstructs with and averages."""
     strengths: tuple[Strength, ...] = Field((1.0, 1.4), min_length=1)
-    """Strengths of the purifier, as for purify_corpus, at which the classifier is measured."""
+    """Strengths of the purifier, as for purify_corpus, at which the classifier is measured. `auto` has no
+    place in the order that the report's answer is about."""
     attack: GrayBoxAttack = GrayBoxAttack()
     """Attack of the report, on the bare classifier."""
     validation_images: int = Field(1000, ge=1)

@@ -66,10 +66,9 @@ class TrainPurifierSettings(TrainSettings):
     """What to minimise."""
     optimizer: AdamConfig = AdamConfig()
     """Schedule and optimiser."""
-    strength: Strength | None = None
-    """Strength of the network in the new bundle unless another is asked for; None: `auto` where its response
-    tells attacked validation images from clean ones, else 1. Networks tend to take too little away: try more
-    on validation images of your own."""
+    strength: Strength = 1.0
+    """Strength of the network in the new bundle unless another is asked for. Networks tend to take too little
+    away: try more on validation images of your own."""
     half_precision: bool = True
     """Store the network in half precision, in half the space; the rest stays as it is in the old bundle."""
     seed: int = 0

@@ -75,7 +75,7 @@ class DefenseConfig(Described):
     reconstruction: Reconstruction | None = None
     """acsr: `cbpdn` or `unrolled`; the bundle's default when omitted."""
     strength: Strength | None = None
-    """acsr: factor on lmbda or on the unrolled thresholds, or `auto`."""
+    """acsr: factor on lmbda or on the network's change, or `auto`; the bundle's default when omitted."""
     top_k: int | None = Field(None, ge=1)
     """acsr: clusters to reconstruct with and average."""
     reselect: int | None = Field(None, ge=0)

@@ -154,7 +154,8 @@ def strongest_borne(outcomes: Sequence[Outcomes]) -> dict[str, float | None]:
     """Return the largest strength that the classifier bears, `before` and `after`; None where it bears none.
 
     What counts is the accuracy on purified clean images, against that on bare ones before the fine-tuning:
-    a classifier that the fine-tuning made worse on bare images bears no more for that.
+    a classifier that the fine-tuning made worse on bare images bears no more for that. `auto`, which is not
+    stronger or weaker than another, is left out.
     """
     bare = next(found for found in outcomes if found.strength is None).clean.shares[0].value
     borne: dict[str, float | None] = {}

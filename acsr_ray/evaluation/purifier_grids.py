@@ -155,6 +155,7 @@ def ablations(place: Place) -> Grid:
                         name="acsr",
                         artifact=str(place.reconstruction(name)),
                         reconstruction="unrolled",
+                        strength=1.0,
                     ),
                 )
                 for name in ABLATIONS
@@ -188,14 +189,15 @@ def purifier_adaptive(place: Place) -> Grid:
     bundle, other = place.bundle_of(data), str(place.reconstruction("random-init"))
     # Every step of a white-box attack is two passes of the network and their gradients.
     images, few, steps, queries = (64, 20, 20, 300) if place.small else (1000, 50, 40, 500)
-    mine, jpeg = f"{UNROLLED} auto", "JPEG 75"
+    mine, auto, jpeg = f"{UNROLLED} 1", f"{UNROLLED} auto", "JPEG 75"
     return Grid(
         title="Attacks that know the trained reconstruction, CIFAR-10",
         caption=size_caption(place, data, cw=False)
         + f"PGD of {steps} steps, Square of {queries} queries. White-box follows the gradients of purifier "
         "and target; transfer those of a purifier trained on fewer images from other weights (`random-init` "
         "of the ablations; a stronger substitute would transfer more), and the target; low-frequency may add "
-        "what the split's low band passes, at the whole budget. The adversarially trained target is a "
+        "what the split's low band passes, at the whole budget. Where strength `auto` is at a bound the "
+        "attacker gets no gradient of it. The adversarially trained target is a "
         "WideResNet-16-1 (PGD, l2 0.3), an architecture that is among the surrogates.",
         layout="adaptive",
         data=(evaluation_data(data, place, images),),
@@ -203,13 +205,13 @@ def purifier_adaptive(place: Place) -> Grid:
             sweep_target(place, data, "vgg16", "VGG-16"),
             SweepTarget(name="WRN-16-1, PGD-AT", location=str(place.encoder("pgdat")), data=(data,)),
         ),
-        attacks=tuple(_by_knowledge(mine, jpeg, few, steps, queries)),
+        attacks=tuple(_by_knowledge((mine, auto, jpeg), few, steps, queries)),
         defenses=(
             no_defense(),
-            *unrolled(bundle, ("auto",)),
+            *unrolled(bundle, (1.0, "auto")),
             SweepDefense(
                 name="another purifier",
-                config=DefenseConfig(name="acsr", artifact=other, reconstruction="unrolled"),
+                config=DefenseConfig(name="acsr", artifact=other, reconstruction="unrolled", strength=1.0),
             ),
             *coded("acsr", bundle, "ACSR CBPDN", (0.1,), reconstruction="cbpdn"),
             single(jpeg, "jpeg", quality=75),
@@ -218,14 +220,15 @@ def purifier_adaptive(place: Place) -> Grid:
     )
 
 
-def _by_knowledge(mine: str, jpeg: str, few: int, steps: int, queries: int) -> Iterator[SweepAttack]:
+def _by_knowledge(names: tuple[str, str, str], few: int, steps: int, queries: int) -> Iterator[SweepAttack]:
+    mine, auto, jpeg = names
     budgets: dict[str, tuple[Norm, float]] = {"l2 0.5": ("l2", 0.5), "linf 8/255": ("linf", 8 / 255)}
     seen: dict[str, tuple[str, tuple[str, ...] | None]] = {
         "gray-box": ("gray_box", None),
         "transfer from another purifier": ("transfer_purifier", None),
         "BPDA": ("bpda", (mine, jpeg)),
         "low-frequency": ("low_frequency", ("none", mine)),
-        "white-box": ("white_box", ("none", mine)),
+        "white-box": ("white_box", ("none", mine, auto)),
     }
     for budget, (norm, epsilon) in budgets.items():
         attack = AttackConfig(name="pgd", norm=norm, epsilon=epsilon, steps=steps)
@@ -259,7 +262,7 @@ def _by_knowledge(mine: str, jpeg: str, few: int, steps: int, queries: int) -> I
                 ),
                 "knowledge": "white_box",
                 "images": few,
-                "defenses": ("none", mine),
+                "defenses": ("none", mine, auto),
                 "block": "Sanity",
             }
         )
@@ -299,7 +302,7 @@ def unrolled(bundle: str, strengths: Sequence[Strength]) -> list[SweepDefense]:
     """Return the trained reconstruction of a bundle at several strengths, as one family."""
     return [
         SweepDefense(
-            name=f"{UNROLLED} {strength}",
+            name=f"{UNROLLED} {strength if strength == 'auto' else format(strength, 'g')}",
             config=DefenseConfig(name="acsr", artifact=bundle, reconstruction="unrolled", strength=strength),
             family=UNROLLED,
         )

@@ -36,7 +36,7 @@ from acsr_ray.sparse.unrolled import UnrolledConfig
 DEFAULT_BUNDLE = "cifar10-small"
 ALIASES = {"cifar10": "cifar10-small", "imagenet10-64": "imagenet10-small"}
 """Other names of packaged bundles: what a data set is best served with today, whatever that is called."""
-ALGORITHM_VERSION = 1
+ALGORITHM_VERSION = 2
 """Raised when the same bundle and input would give other pixels."""
 
 ENCODER = "encoder.safetensors"
@@ -124,7 +124,8 @@ class BundleConfig(Described):
         """
         own = self.with_reconstruction(options.reconstruction)
         strength = own.strength if options.strength is None else options.strength
-        return options.model_copy(update={"reconstruction": own.reconstruction, "strength": strength})
+        named = {"reconstruction": own.reconstruction, "strength": strength}
+        return PurifyOptions.model_validate(options.model_dump() | named)
 
     def changed(self, options: PurifyOptions) -> dict[str, Any]:
         """Return the options that are not the bundle's own, as JSON: what a run's identity depends on.

@@ -7,7 +7,7 @@ from pydantic import Field
 from acsr_ray.config import Described
 
 Reconstruction = Literal["cbpdn", "unrolled"]
-Strength = Annotated[float, Field(gt=0)] | Literal["auto"]
+Strength = Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["auto"]
 
 
 class PurifyOptions(Described):

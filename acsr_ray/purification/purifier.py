@@ -81,7 +81,8 @@ class Purifier(nn.Module):
         # A fixed strength of sparse coding is in the solvers, whose rho follows it. Under `auto` rho stays:
         # one of its own for each image would need a factor of the x-step of its own.
         cbpdn = bundle.config.cbpdn
-        if self.config.reconstruction == "cbpdn" and isinstance(strength, float):
+        if self.config.reconstruction == "cbpdn" and strength != "auto":
+            assert strength is not None
             cbpdn = cbpdn.stronger(strength)
         self.solvers = [Cbpdn(dictionary, cbpdn) for dictionary in atoms]
         self.unrolled = None
@@ -180,31 +181,51 @@ class Purifier(nn.Module):
         """Return the clusters (N, k) to reconstruct with."""
         return selection.candidates if self.uses_clusters else selection.index[:, None]
 
+    def response(self, images: Tensor) -> Tensor:
+        """Return the network's response (N,) float64 to its own output, by which strength `auto` may go.
+
+        Args:
+            images: as for `purify`.
+
+        Raises:
+            ValueError: as for `purify`, or the purifier has no network.
+        """
+        if self.unrolled is None:
+            raise ValueError("only the unrolled reconstruction has a response")
+        check_images(images)
+        images = images.to(self.device, torch.float32)
+        index = self.select(self.latents(images)).index
+        rebuilt = self.unrolled(*split_bands(images, self.config.tikhonov), index)
+        return self._response(self.unrolled, images, rebuilt, index)
+
+    def _response(
+        self, unrolled: UnrolledReconstruction, images: Tensor, rebuilt: Tensor, index: Tensor
+    ) -> Tensor:
+        once = rebuilt.clamp(0, 1)
+        # The cluster stays: the question is what this network does again.
+        twice = unrolled(*split_bands(once, self.config.tikhonov), index).clamp(0, 1)
+        return response(images, once, twice)
+
     def _rebuild(self, lowpass: Tensor, highpass: Tensor, index: Tensor) -> Tensor:
         """Return the reconstruction with one cluster for each image, not clipped."""
         if self.unrolled is None:
             return lowpass + self._code(highpass, index)
-        images = lowpass + highpass
+        images, strength = lowpass + highpass, self.options.strength
         rebuilt = self.unrolled(lowpass, highpass, index)
-        strength: Tensor | float
-        if self.options.strength == 1:
+        if strength == 1:
             return rebuilt
-        if isinstance(self.options.strength, float):
-            strength = self.options.strength
+        factor: Tensor | float
+        if strength != "auto":
+            assert strength is not None
+            factor = strength
         else:
-            strength = self._auto(self.unrolled, images, rebuilt, index).to(images.dtype).view(-1, 1, 1, 1)
-        return images + strength * (rebuilt - images)
-
-    def _auto(
-        self, unrolled: UnrolledReconstruction, images: Tensor, rebuilt: Tensor, index: Tensor
-    ) -> Tensor:
-        """Return the strength (N,) of each image for a network that made `rebuilt` of it."""
-        if self.config.auto_by_response is None:
-            _, highpass = split_bands(images, self.config.tikhonov)
-            return self.config.auto_strength.of(noise_level(highpass))
-        once = rebuilt.clamp(0, 1)
-        twice = unrolled(*split_bands(once, self.config.tikhonov), index).clamp(0, 1)
-        return self.config.auto_by_response.of(response(images, once, twice))
+            if self.config.auto_by_response is None:
+                own = self.config.auto_strength.of(noise_level(highpass))
+            else:
+                answer = self._response(self.unrolled, images, rebuilt, index)
+                own = self.config.auto_by_response.of(answer)
+            factor = own.to(images.dtype).view(-1, 1, 1, 1)
+        return images + factor * (rebuilt - images)
 
     def _code(self, highpass: Tensor, index: Tensor) -> Tensor:
         """Return the sparse reconstruction of each high band with the dictionary of its cluster."""

@@ -28,7 +28,6 @@ from acsr_ray.purification.bands import split_bands
 from acsr_ray.purification.bundle import AutoStrength, Bundle, load_bundle
 from acsr_ray.purification.options import Strength
 from acsr_ray.purification.purifier import Purifier
-from acsr_ray.purification.response import response
 from acsr_ray.purification.unrolled import restore_unrolled
 from acsr_ray.sparse.noise import noise_level
 from acsr_ray.sparse.prox import project_atoms
@@ -51,8 +50,9 @@ USUAL = 0.95
 """Share of clean images whose response is at most the usual one."""
 BEYOND = "attacked_beyond_usual"
 """Closing metric: share of attacked images whose response is more than that."""
-TELLING = 0.5
-"""Share from which on the response is what strength `auto` goes by, and `auto` the default."""
+TELLING = 0.8
+"""Share from which on the response is what strength `auto` goes by. It is of attacks at the largest budget on
+the surrogates, which are the easiest to tell."""
 BY_RESPONSE = {"slope": 8.0, "low": 0.9, "high": 1.6}
 """Strength `auto` of a trained network, beside its reference. Chosen, with `USUAL`, on validation images of
 CIFAR-10, for the best mean over attacks and targets at a loss of 1.5 points of clean accuracy: a higher bound
@@ -163,7 +163,7 @@ class PurifierTraining(Described):
         levels = predict(
             lambda images: noise_level(split_bands(images, purifier.config.tikhonov)[1]), many, device
         )
-        responses = predict(lambda images: _response(purifier, images), many, device)
+        responses = predict(purifier.response, many, device)
         usual = responses.quantile(USUAL).item()
         threat, beyond = ThreatModel("linf", self.pairs.linf), 0.0
         sums = dict.fromkeys(("clean", "attacked", "purified_clean", "purified_attacked"), 0.0)
@@ -171,7 +171,7 @@ class PurifierTraining(Described):
             surrogate = load_target(entry.location, device).model
             attacked = attack_pixels(surrogate, pixels, labels, threat, device)
             behind = nn.Sequential(purifier, surrogate)
-            seen = predict(lambda images: _response(purifier, images), attacked, device) > usual
+            seen = predict(purifier.response, attacked, device) > usual
             beyond += seen.double().mean().item() / len(self.surrogates)
             for name, shown in (("clean", pixels), ("attacked", attacked)):
                 sums[name] += accuracy(predict(surrogate, shown, device), labels)
@@ -186,7 +186,7 @@ class PurifierTraining(Described):
         self,
         weights: Mapping[str, Tensor],
         metrics: Mapping[str, float] | None = None,
-        strength: Strength | None = None,
+        strength: Strength = 1.0,
     ) -> Bundle:
         """Return the bundle with this reconstruction, which becomes its default.
 
@@ -194,8 +194,7 @@ class PurifierTraining(Described):
             weights: state dict of what `build` returned.
             metrics: of `closing_metrics`, which say where strength `auto` is to be 1; without them, or where
                 images have no noise, that stays as it is.
-            strength: at which the network is used by default; None: `auto` where its response is `TELLING`,
-                else 1.
+            strength: at which the network is used by default.
         """
         bundle, found = load_bundle(self.bundle), metrics or {}
         update: dict[str, Any] = {"reconstruction": "unrolled", "unrolled": self.network_config}
@@ -205,7 +204,7 @@ class PurifierTraining(Described):
         telling = found.get(BEYOND, 0.0) >= TELLING
         auto_by_response = AutoStrength(reference=found[RESPONSE], **BY_RESPONSE) if telling else None
         update["auto_by_response"] = auto_by_response
-        update["unrolled_strength"] = strength or ("auto" if telling else 1.0)
+        update["unrolled_strength"] = strength
         prefix = "reconstruction."
         own = {n.removeprefix(prefix): t.cpu() for n, t in weights.items() if n.startswith(prefix)}
         return replace(bundle, config=bundle.config.model_copy(update=update), reconstruction=own)
@@ -279,8 +278,3 @@ def starting_atoms(bundle: Bundle, training: PurifierTraining) -> Tensor:
         return atoms
     drawn = torch.randn(atoms.shape[1:], generator=torch.Generator().manual_seed(training.seed))
     return project_atoms(drawn).expand(len(atoms), -1, -1, -1, -1).clone()
-
-
-def _response(purifier: Purifier, images: Tensor) -> Tensor:
-    once = purifier(images)
-    return response(images, once, purifier(once))

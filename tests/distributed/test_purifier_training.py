@@ -134,7 +134,7 @@ def test_strength_auto_is_one_at_the_noise_of_clean_images(alone, digits):
     assert config.auto_strength == AutoStrength(reference=metrics[NOISE])
     telling = AutoStrength(reference=metrics[RESPONSE], **BY_RESPONSE) if metrics[BEYOND] >= TELLING else None
     assert config.auto_by_response == telling
-    assert config.unrolled_strength == ("auto" if telling else 1)
+    assert config.unrolled_strength == 1
 
 
 def test_training_has_moved_the_weights(alone, settings, tmp_path):

@@ -37,6 +37,7 @@ def purify(bundle, images, **options):
         ("strength", -1.0),
         ("strength", float("nan")),
         ("strength", "strong"),
+        ("strength", float("inf")),
         ("top_k", 0),
         ("top_k", 1.5),
         ("reconstruction", "none"),
@@ -173,6 +174,37 @@ def test_auto_by_response_is_the_strength_that_the_response_asks_for(ways, image
     # Sparse coding has no use for it.
     coded = [purify(ways[kind], images, strength="auto", reconstruction="cbpdn") for kind in list(ways)[1:]]
     assert torch.equal(coded[0].images, coded[1].images)
+
+
+@pytest.mark.parametrize("kind", ["thresholds", "filters"])
+def test_auto_by_response_asks_the_networks_of_the_same_clusters(
+    kind, make_unrolled_bundle, tmp_path, images
+):
+    auto = AutoStrength(reference=0.58, slope=5.0, low=0.2, high=2.0)
+    purifier = Purifier.load(
+        make_unrolled_bundle(tmp_path / kind, sharing=kind, auto_by_response=auto, unrolled_strength="auto")
+    )
+    with torch.no_grad():
+        answer = purifier.response(images)
+        chosen = purifier(images)
+        once = Purifier.load(tmp_path / kind, options=PurifyOptions(strength=1.0))(images)
+    assert auto.of(answer).unique().numel() > 3
+    factor = auto.of(answer).float().view(-1, 1, 1, 1)
+    # Where neither was clipped.
+    inside = (once > 0) & (once < 1) & (chosen > 0) & (chosen < 1)
+    assert inside.float().mean() > 0.5
+    expected = images + factor * (once - images)
+    torch.testing.assert_close(chosen[inside], expected[inside], rtol=0, atol=1e-5)
+    several = Purifier.load(tmp_path / kind, options=PurifyOptions(top_k=3))
+    with torch.no_grad():
+        whole = several(images)
+        assert (whole - chosen).abs().max() > 1e-3
+        assert torch.equal(torch.cat([several(part) for part in images.split(5)]), whole)
+
+
+def test_sparse_coding_has_no_response(tiny_bundle, images):
+    with pytest.raises(ValueError, match="only the unrolled"):
+        Purifier.load(tiny_bundle).response(images)
 
 
 def test_auto_by_response_has_a_gradient_that_is_right(ways, images):

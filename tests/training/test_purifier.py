@@ -10,7 +10,6 @@ from acsr_ray.attacks.threat import ThreatModel
 from acsr_ray.corpus.labelled import LabelledImages
 from acsr_ray.purification.bundle import AutoStrength, load_bundle, save_bundle
 from acsr_ray.purification.purifier import Purifier
-from acsr_ray.purification.response import response
 from acsr_ray.sparse.noise import noise_level
 from acsr_ray.sparse.tikhonov import tikhonov_split
 from acsr_ray.sparse.unrolled import UnrolledConfig, spread_atoms
@@ -432,15 +431,13 @@ def test_closing_metrics_are_accuracies_of_the_surrogates(make, digits, held_out
     _, highpass = tikhonov_split(digits.images, bundle.config.tikhonov)
     assert metrics[NOISE] == pytest.approx(noise_level(highpass).median().item(), rel=1e-5)
     assert metrics[NOISE] > 0.001
-    once = Purifier(bundle)(digits.images)
-    responses = response(digits.images, once, Purifier(bundle)(once))
+    responses = Purifier(bundle).response(digits.images)
     assert metrics[RESPONSE] > 0
     assert (responses <= metrics[RESPONSE]).double().mean().item() == pytest.approx(USUAL, abs=0.01)
     threat = ThreatModel("linf", training.pairs.linf)
     shown = attack_pixels(digits.model, held_out.pixels, labels, threat)
     images = torch.from_numpy(shown).permute(0, 3, 1, 2) / 255
-    once = Purifier(bundle)(images)
-    seen = response(images, once, Purifier(bundle)(once)) > metrics[RESPONSE]
+    seen = Purifier(bundle).response(images) > metrics[RESPONSE]
     assert metrics[BEYOND] == pytest.approx(seen.double().mean().item())
     # Twice the same surrogate has its accuracy.
     twice = make(surrogates=training.surrogates * 2).closing_metrics(model, held_out, "cpu")
@@ -457,15 +454,16 @@ def test_strength_auto_is_one_at_the_noise_of_validation_images(make):
         assert training.trained(weights, unknown).config.auto_strength == old
 
 
-def test_auto_is_the_default_where_the_response_tells_attacked_images(make):
+def test_auto_goes_by_the_response_where_that_tells_attacked_images(make):
     training = make()
     weights = training.build().state_dict()
     for share, telling in ((TELLING, True), (TELLING - 0.01, False)):
         metrics = {NOISE: 0.03, RESPONSE: 1.4, BEYOND: share}
         config = training.trained(weights, metrics).config
         assert config.auto_by_response == (AutoStrength(reference=1.4, **BY_RESPONSE) if telling else None)
-        assert config.strength == ("auto" if telling else 1)
-        assert training.trained(weights, metrics, 1.5).config.strength == 1.5
+        assert config.strength == 1
+        for strength in (1.5, "auto"):
+            assert training.trained(weights, metrics, strength).config.strength == strength
         assert config.with_reconstruction("cbpdn").strength == 1
 
 
