@@ -73,7 +73,10 @@ def purifier_imagenet(place: Place) -> Grid:
 def purifier_filter(place: Place) -> Grid:
     """Trained reconstructions of the packaged bundles on a content filter whose images no training saw."""
     data = "moderation5"
-    bundles = {"ImageNet-10": place.bundle_of("imagenet10-64"), "CIFAR-10": place.bundle_of("cifar10")}
+    mine: dict[str, tuple[str, Strength]] = {
+        f"{UNROLLED} 1.4, ImageNet-10": (place.bundle_of("imagenet10-64"), 1.4),
+        f"{UNROLLED} auto, CIFAR-10": (place.bundle_of("cifar10"), "auto"),
+    }
     return Grid(
         title="Trained reconstructions out of their domain: a five-class content filter",
         caption=size_caption(place, data, cw=False)
@@ -91,15 +94,17 @@ def purifier_filter(place: Place) -> Grid:
             no_defense(),
             *(
                 SweepDefense(
-                    name=f"{UNROLLED}, {source}",
-                    config=DefenseConfig(name="acsr", artifact=bundle, reconstruction="unrolled"),
+                    name=name,
+                    config=DefenseConfig(
+                        name="acsr", artifact=bundle, reconstruction="unrolled", strength=strength
+                    ),
                 )
-                for source, bundle in bundles.items()
+                for name, (bundle, strength) in mine.items()
             ),
             *ladder("JPEG", "jpeg", "quality", (85, 75, 60)),
         ),
         chunk=50,
-        reference=f"{UNROLLED}, ImageNet-10",
+        reference=next(iter(mine)),
     )
 
 
