@@ -193,7 +193,7 @@ def purifier_adaptive(place: Place) -> Grid:
     data = "cifar10"
     bundle, other = place.bundle_of(data), str(place.reconstruction("random-init"))
     # Every step of a white-box attack is two passes of the network and their gradients.
-    images, few, steps, queries = (64, 20, 20, 300) if place.small else (1000, 50, 40, 500)
+    images, few, steps, queries = (200, 20, 20, 300) if place.small else (1000, 50, 40, 500)
     mine, auto, jpeg = f"{UNROLLED} 1", f"{UNROLLED} auto", "JPEG 75"
     return Grid(
         title="Attacks that know the trained reconstruction, CIFAR-10",
