@@ -185,6 +185,7 @@ def test_provenance_is_kept_and_added_to(alone, settings, tiny_bundle, surrogate
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_two_workers_make_the_run_of_one_process(alone, settings, tmp_path, ray_local):
     """With filters of each cluster's own, most of which a worker's share of a batch does not meet."""
     metrics, output = alone
