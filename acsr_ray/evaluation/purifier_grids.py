@@ -42,7 +42,7 @@ def purifier(place: Place) -> Grid:
         attacks=(*weak_and_strong(), apgd(8)),
         defenses=(
             no_defense(),
-            *unrolled(place.bundle_of(data), ("auto", 1.0)),
+            *unrolled(place.bundle_of(data), (0.9, 1.0, "auto")),
             *cheap(),
         ),
         chunk=100,
