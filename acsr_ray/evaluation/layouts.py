@@ -25,6 +25,7 @@ from acsr_ray.evaluation.scenes import ABSENT, NONE, Scene
 from acsr_ray.evaluation.statistics import macro_scores, mcnemar, paired_difference, risk_coverage
 from acsr_ray.evaluation.summaries import (
     accuracy_table,
+    best_rival_table,
     equal_clean_table,
     matched_table,
     shown_p_value,
@@ -37,7 +38,9 @@ def _defense_sections(grid: Grid, scenes: Sequence[Scene], output: Path) -> list
     for scene in scenes:
         if grid.choose:
             chosen = [equal_clean_table(scene, loss) for loss in grid.clean_loss]
-            matched = [matched_table(scene, grid.reference)] if grid.reference else []
+            matched = []
+            if grid.reference:
+                matched = [matched_table(scene, grid.reference), best_rival_table(scene, grid.reference)]
             sections.append(
                 Section(
                     f"At equal clean accuracy: {scene.title}",

@@ -248,6 +248,52 @@ def matched_table(scene: Scene, reference: str) -> Table:
     return Table(f"{reference} at equal clean accuracy, {scene.title}", caption, header, tuple(rows))
 
 
+def best_rival_table(scene: Scene, reference: str) -> Table:
+    """Return paired differences of the reference family and, attack by attack, its best rival.
+
+    Rivals of a defence are those of other families that are at least as accurate on clean images of the
+    validation split; doing nothing is none. The best is the one most accurate on the attack's *test* images,
+    so the choice favours the rivals.
+    """
+    attacks = scene.grid.attacks
+    rows = []
+    for mine in (defense for defense in scene.defenses if defense.group == reference):
+        rivals = _rivals(scene, mine.name, reference)
+        differences = []
+        for attack in (CLEAN, *(a.name for a in attacks)):
+            own = scene.cell(attack, mine.name)
+            met = [
+                (name, cell) for name in rivals for cell in (scene.cell(attack, name),) if cell is not None
+            ]
+            if own is None or not met:
+                differences.append(ABSENT)
+                continue
+            name, best = max(met, key=lambda entry: entry[1].accuracy.value)
+            differences.append(f"{paired_difference(own.correct, best.correct)} ({name})")
+        rows.append((mine.name, *differences))
+    header = ("defence", CLEAN, *(_counted([scene], attack) for attack in attacks))
+    caption = (
+        f"Accuracy of {reference} minus that of the rival in brackets, the best by test accuracy, for each "
+        "column on its own, of all defences of other families that are at least as accurate on clean images "
+        "of the validation split. Points on the same test images, with 95 % intervals (Newcombe), not corrected "
+        "for their number nor for the choice of the rival."
+    )
+    return Table(f"{reference} minus its best rival, {scene.title}", caption, header, tuple(rows))
+
+
+def _rivals(scene: Scene, mine: str, reference: str) -> list[str]:
+    own = scene.cell(CLEAN, mine, "validation")
+    if own is None:
+        return []
+    return [
+        defense.name
+        for defense in scene.defenses
+        if defense.group not in (reference, NONE)
+        for cell in (scene.cell(CLEAN, defense.name, "validation"),)
+        if cell is not None and cell.accuracy.value >= own.accuracy.value - 1e-9
+    ]
+
+
 def _nearest_rival(scene: Scene, mine: str, family: str) -> str | None:
     """Return the defence of a family whose clean accuracy on validation is nearest to another's."""
     own = scene.cell(CLEAN, mine, "validation")

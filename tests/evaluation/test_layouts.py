@@ -19,6 +19,7 @@ from acsr_ray.evaluation.scenes import Scene
 from acsr_ray.evaluation.summaries import (
     accuracy_table,
     attack_table,
+    best_rival_table,
     choose_strengths,
     equal_clean_table,
     matched_table,
@@ -385,6 +386,28 @@ def test_the_reference_meets_the_rival_of_nearest_validation_accuracy():
     assert shown["ACSR .5", "fog .1"][2].startswith("+18.0 [+")
     assert shown["ACSR .5", "fog .1"][3].startswith("+20.0 [+")
     assert shown["ACSR .8", "fog .2"][3].startswith("-45.0 [-")
+
+
+def test_the_best_rival_is_of_those_as_accurate_on_validation_and_of_each_attack_its_own():
+    defenses = [*DEFENSES, gaussian("fog .1", 0.1, "fog"), gaussian("fog .2", 0.2, "fog")]
+    clean = {"none": 0.99, "ACSR .5": 0.80, "ACSR .8": 0.95, "blur": 0.80, "fog .1": 0.90, "fog .2": 0.79}
+    under = {
+        # `none` is no rival, and fog .2 costs more than ACSR .5 does.
+        "PGD": {"none": 0.9, "ACSR .5": 0.60, "blur": 0.30, "fog .1": 0.40, "fog .2": 0.95},
+        "FGSM": {"none": 0.9, "ACSR .5": 0.60, "blur": 0.70, "fog .1": 0.40, "fog .2": 0.95},
+    }
+    accuracies = {(attack, name): value for attack, found in under.items() for name, value in found.items()}
+    validation = {("clean", name): value for name, value in clean.items()}
+    grid = grid_of([pgd("PGD", 4), FGSM], defenses, reference="ACSR")
+    scene = Scene(grid, results_of(grid, accuracies, validation), "toys", "net")
+    weak, strong = best_rival_table(scene, "ACSR").rows
+    assert weak[0] == "ACSR .5"
+    assert weak[2].startswith("+20.0 [+")
+    assert weak[2].endswith("(fog .1)")
+    assert weak[3].startswith("-10.0 [-")
+    assert weak[3].endswith("(blur)")
+    # Nothing else keeps as much.
+    assert strong == ("ACSR .8", "-", "-", "-")
 
 
 @pytest.mark.parametrize(("near", "chosen"), [((0.87, 0.89), "fog .2"), ((0.89, 0.87), "fog .1")])
