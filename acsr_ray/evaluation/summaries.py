@@ -275,8 +275,8 @@ def best_rival_table(scene: Scene, reference: str) -> Table:
     caption = (
         f"Accuracy of {reference} minus that of the rival in brackets, the best by test accuracy, for each "
         "column on its own, of all defences of other families that are at least as accurate on clean images "
-        "of the validation split. Points on the same test images, with 95 % intervals (Newcombe), not corrected "
-        "for their number nor for the choice of the rival."
+        "of the validation split. Points on the same test images, with 95 % intervals (Newcombe), not "
+        "corrected for their number nor for the choice of the rival."
     )
     return Table(f"{reference} minus its best rival, {scene.title}", caption, header, tuple(rows))
 
