@@ -186,6 +186,12 @@ def test_auto_by_response_asks_the_networks_of_the_same_clusters(
     )
     with torch.no_grad():
         answer = purifier.response(images)
+        index = purifier.select(purifier.latents(images)).index
+        split = purifier.config.tikhonov
+        first = purifier.unrolled(*tikhonov_split(images, split), index).clamp(0, 1)
+        second = purifier.unrolled(*tikhonov_split(first, split), index).clamp(0, 1)
+        assert index.unique().numel() > 1
+        torch.testing.assert_close(answer, response(images, first, second))
         chosen = purifier(images)
         once = Purifier.load(tmp_path / kind, options=PurifyOptions(strength=1.0))(images)
     assert auto.of(answer).unique().numel() > 3
