@@ -76,7 +76,7 @@ class RandomCluster(PurifierDefense):
 
     def choose(self, images: Tensor) -> Selection:
         """Return clusters fixed by the seed and the pixels; see `PurifierDefense.choose`."""
-        count = len(self.purifier.solvers)
+        count = self.purifier.clusters
         arrays = images.cpu().permute(0, 2, 3, 1).numpy()
         drawn = [int(image_generator(array, self.seed).integers(count)) for array in arrays]
         return _selection(torch.tensor(drawn, device=images.device))
@@ -95,8 +95,8 @@ class RankedCluster(PurifierDefense):
 
     def __init__(self, purifier: Purifier, rank: int) -> None:
         super().__init__(purifier)
-        if not 1 <= rank <= len(purifier.solvers):
-            raise ValueError(f"rank must be in 1..{len(purifier.solvers)}, got {rank}")
+        if not 1 <= rank <= purifier.clusters:
+            raise ValueError(f"rank must be in 1..{purifier.clusters}, got {rank}")
         self.rank = rank
 
     def choose(self, images: Tensor) -> Selection:
@@ -117,8 +117,8 @@ class FixedCluster(PurifierDefense):
 
     def __init__(self, purifier: Purifier, cluster: int) -> None:
         super().__init__(purifier)
-        if not 0 <= cluster < len(purifier.solvers):
-            raise ValueError(f"cluster must be in 0..{len(purifier.solvers) - 1}, got {cluster}")
+        if not 0 <= cluster < purifier.clusters:
+            raise ValueError(f"cluster must be in 0..{purifier.clusters - 1}, got {cluster}")
         self.cluster = cluster
 
     def choose(self, images: Tensor) -> Selection:

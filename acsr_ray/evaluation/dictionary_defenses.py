@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from acsr_ray.defenses.base import Defense
-from acsr_ray.models.classifier import pad_batch
 from acsr_ray.purification.bands import split_bands
-from acsr_ray.purification.purifier import SOLVER_MICRO_BATCH, check_images
-from acsr_ray.purification.tiles import SMALL_PIXELS, map_tiles
+from acsr_ray.purification.purifier import check_images
+from acsr_ray.purification.tiles import code_tiles
 from acsr_ray.sparse.cbpdn import Cbpdn, CbpdnConfig
 from acsr_ray.sparse.prox import project_atoms
 from acsr_ray.sparse.tikhonov import TikhonovConfig
@@ -50,14 +49,7 @@ class DictionaryDefense(Defense):
         if not len(images):
             return images.clone()
         lowpass, highpass = split_bands(images.to(self.device, torch.float32), self.tikhonov)
-        small = highpass.shape[-2] * highpass.shape[-1] <= SMALL_PIXELS
-        micro_batch = SOLVER_MICRO_BATCH[self.device.type] if small else 1
-        coded = torch.cat(
-            [
-                map_tiles(self.solver.reconstruct, pad_batch(part, micro_batch))[: len(part)]
-                for part in highpass.split(micro_batch)
-            ]
-        )
+        coded = code_tiles(self.solver, highpass)
         solved = torch.isfinite(coded).flatten(1).all(1).view(-1, 1, 1, 1)
         return (lowpass + torch.where(solved, coded, 0.0)).clamp(0, 1).to(images)
 

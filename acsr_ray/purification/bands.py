@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from acsr_ray.models.classifier import pad_batch
-from acsr_ray.purification.tiles import SMALL_PIXELS
+from acsr_ray.sparse.admm import SMALL_PIXELS
 from acsr_ray.sparse.tikhonov import TikhonovConfig, tikhonov_split
 
 SPLIT_MICRO_BATCH = {"cpu": 8, "cuda": 256}

@@ -3,12 +3,12 @@
 Tikhonov split, choice of the nearest cluster by the robust encoder's latent, reconstruction, clip. The
 paper's reconstruction is CBPDN of the high band with that cluster's dictionary plus the low band; the other
 is the unrolled network of `acsr_ray.sparse.unrolled`, trained on attacks. Everything is purified; no image
-is judged. The result for an image does not depend on the other images of a call: encoder, split, solver and
-network always see micro-batches of a fixed shape, filled up with zeros.
+is judged. The result for an image does not depend on the other images of a call: encoder, split, ADMM and
+network always see micro-batches of a fixed shape, filled up with zeros, and coordinate descent takes images
+one by one.
 """
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -22,17 +22,10 @@ from acsr_ray.purification.bands import split_bands
 from acsr_ray.purification.bundle import DEFAULT_BUNDLE, Bundle, load_bundle
 from acsr_ray.purification.options import PurifyOptions
 from acsr_ray.purification.response import response
-from acsr_ray.purification.tiles import SMALL_PIXELS, map_tiles
-from acsr_ray.purification.unrolled import UnrolledReconstruction, fill_up
+from acsr_ray.purification.tiles import code_tiles
+from acsr_ray.purification.unrolled import UnrolledReconstruction
 from acsr_ray.sparse.cbpdn import Cbpdn
 from acsr_ray.sparse.noise import noise_level
-
-SOLVER_MICRO_BATCH = {"cpu": 2, "cuda": 64}
-"""Images per solver call up to `SMALL_PIXELS`; larger images go one by one. Fixed, see the module.
-
-Every cluster's last micro-batch is filled up, so small is good; measured on CPU, 2 images cost as little each
-as 8, and one alone twice as much.
-"""
 
 
 @dataclass(frozen=True)
@@ -78,13 +71,13 @@ class Purifier(nn.Module):
         self.gaussians: Gaussians = bundle.gaussians.to(device, torch.float64)
         atoms = bundle.atoms.to(device)
         strength = self.options.strength
-        # A fixed strength of sparse coding is in the solvers, whose rho follows it. Under `auto` rho stays:
-        # one of its own for each image would need a factor of the x-step of its own.
+        # A fixed strength of sparse coding is in the solver, whose rho follows it. Under `auto` the rho of
+        # ADMM stays: one of its own for each image would need a factor of the x-step of its own.
         cbpdn = bundle.config.cbpdn
         if self.config.reconstruction == "cbpdn" and strength != "auto":
             assert strength is not None
             cbpdn = cbpdn.stronger(strength)
-        self.solvers = [Cbpdn(dictionary, cbpdn) for dictionary in atoms]
+        self.solver = Cbpdn(atoms, cbpdn)
         self.unrolled = None
         if self.config.reconstruction == "unrolled":
             self.unrolled = UnrolledReconstruction(bundle, device)
@@ -141,7 +134,7 @@ class Purifier(nn.Module):
 
     def select(self, latents: Tensor) -> Selection:
         """Choose the cluster of each latent (N, L), or the best `top_k`; no label is known."""
-        top_k = min(self.options.top_k, len(self.solvers))
+        top_k = min(self.options.top_k, self.clusters)
         parts = []
         for part in latents.to(self.device, torch.float64).split(ENCODER_MICRO_BATCH):
             padded = pad_batch(part, ENCODER_MICRO_BATCH)
@@ -171,6 +164,11 @@ class Purifier(nn.Module):
         solved = torch.isfinite(rebuilt).flatten(1).all(1)
         rebuilt = torch.where(solved.view(-1, 1, 1, 1), rebuilt, lowpass)
         return self._outcome(images, rebuilt.clamp(0, 1), selection, solved)
+
+    @property
+    def clusters(self) -> int:
+        """How many clusters there are."""
+        return len(self.gaussians.mean)
 
     @property
     def uses_clusters(self) -> bool:
@@ -231,18 +229,7 @@ class Purifier(nn.Module):
         """Return the sparse reconstruction of each high band with the dictionary of its cluster."""
         auto = self.options.strength == "auto"
         strength = self.config.auto_strength.of(noise_level(highpass)) if auto else None
-        small = highpass.shape[-2] * highpass.shape[-1] <= SMALL_PIXELS
-        micro_batch = SOLVER_MICRO_BATCH[self.device.type] if small else 1
-        positions, parts = [], []
-        for cluster in index.unique().tolist():
-            solver = self.solvers[cluster]
-            for rows in (index == cluster).nonzero()[:, 0].split(micro_batch):
-                batch = pad_batch(highpass[rows], micro_batch)
-                factor = None if strength is None else fill_up(strength[rows], micro_batch)
-                function = partial(solver.reconstruct, strength=factor)
-                parts.append(map_tiles(function, batch)[: len(rows)])
-                positions.append(rows)
-        return torch.cat(parts)[torch.cat(positions).argsort()]
+        return code_tiles(self.solver, highpass, strength, index)
 
     def _outcome(self, images: Tensor, purified: Tensor, selection: Selection, solved: Tensor) -> Purified:
         change = (purified - images).flatten(1).norm(dim=1)

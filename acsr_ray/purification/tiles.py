@@ -5,20 +5,38 @@ pixels from a cut. Memory of the solver then depends on the tile, not on the ima
 """
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 
-TILE = 192
-"""Side of a tile in pixels, halo included."""
-HALO = 24
-"""Pixels dropped at every cut: three supports of an 8-pixel atom."""
-SMALL_PIXELS = 128 * 128
-"""Images up to this size are computed in micro-batches, larger ones one by one."""
+from acsr_ray.sparse.cbpdn import Cbpdn
+
+HALO_SUPPORTS = 4
+"""Pixels dropped at every cut of sparse codes, in supports of an atom."""
+KEPT = 256
+"""Side in pixels of what a tile of sparse codes keeps."""
 
 
-def map_tiles(
-    function: Callable[[Tensor], Tensor], images: Tensor, tile: int = TILE, halo: int = HALO
+def halo_of(support: int) -> int:
+    """Return the pixels dropped at every cut for atoms of `support` pixels."""
+    return HALO_SUPPORTS * support
+
+
+def tile_of(support: int) -> int:
+    """Return the side of a tile in pixels, halo included."""
+    return KEPT + 2 * halo_of(support)
+
+
+def code_tiles(
+    solver: Cbpdn, highpass: Tensor, strength: Tensor | None = None, index: Tensor | None = None
 ) -> Tensor:
+    """Return the sparse reconstruction of high bands of any size (N, C, H, W); see `Cbpdn.reconstruct`."""
+    support = max(solver.atoms.shape[-2:])
+    code = partial(solver.reconstruct, strength=strength, index=index)
+    return map_tiles(code, highpass, tile_of(support), halo_of(support))
+
+
+def map_tiles(function: Callable[[Tensor], Tensor], images: Tensor, tile: int, halo: int) -> Tensor:
     """Apply an image-to-image function that keeps height and width, tile by tile.
 
     Args:

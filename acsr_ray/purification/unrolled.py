@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from acsr_ray.artifacts import ArtifactError
 from acsr_ray.models.classifier import pad_batch
 from acsr_ray.purification.bundle import Bundle
-from acsr_ray.purification.tiles import SMALL_PIXELS, map_tiles
+from acsr_ray.purification.tiles import map_tiles
+from acsr_ray.sparse.admm import SMALL_PIXELS
 from acsr_ray.sparse.noise import noise_level
 from acsr_ray.sparse.unrolled import UnrolledCsc
 

@@ -1,12 +1,15 @@
-"""Convolutional basis pursuit denoising (Eq. 6) by ADMM with fixed penalty and iterations.
+"""Convolutional basis pursuit denoising (Eq. 6): settings, and one front for both solvers.
 
-Shapes: N images, C channels, H x W pixels, h x w atom support, M atoms. One coefficient map per atom is
-shared by the channels. Convolution is circular, so the x-step is diagonal over frequencies up to a C x C
-system (Woodbury), which is factored once per image size.
+Shapes: N images, C channels, H x W pixels, h x w atom support, M atoms, K dictionaries. One coefficient map
+per atom is shared by the channels. Convolution is circular; an image may be padded symmetrically before.
+
+Two solvers of the same convex problem: coordinate descent over an active set (`acsr_ray.sparse.descent`),
+which on CPUs costs a tenth, and ADMM on whole maps (`acsr_ray.sparse.admm`) for every device. Neither lets
+an image depend on its neighbours.
 """
 
-import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,26 +17,33 @@ from pydantic import Field
 from torch import Tensor
 
 from acsr_ray.config import Described
-from acsr_ray.sparse.fourier import RealDft
-from acsr_ray.sparse.prox import soft_threshold
-
-CACHED_PIXELS = 64 * 64
-"""Factors of images up to this size are kept between calls; larger ones cost more memory than time."""
-CACHED_SIZES = 2
-"""Most sizes whose factors one solver keeps; each takes 24 C M (H + 1) W bytes or less in float32."""
+from acsr_ray.sparse.admm import Admm
+from acsr_ray.sparse.codes import Codes, sparse_code
+from acsr_ray.sparse.descent import PatchDictionary
+from acsr_ray.sparse.tikhonov import pad_symmetrically
 
 
 class CbpdnConfig(Described):
-    """Settings of the solver. Iterations and rho are fixed, so an image never depends on its neighbours."""
+    """Settings of the solver. An image stops for itself or after fixed iterations, never with others."""
 
     lmbda: float = Field(0.1, gt=0)
     """Weight of the l1 term for images in [0, 1]."""
+    solver: Literal["auto", "admm", "descent"] = "auto"
+    """`descent`: coordinate descent to a tolerance, on CPUs; `admm`: fixed iterations, on any device; `auto`:
+    descent on a CPU, else ADMM."""
     iterations: int = Field(60, ge=1)
-    """ADMM iterations."""
+    """Iterations of ADMM."""
     rho: float | None = Field(None, gt=0)
-    """ADMM penalty; None stands for 50 lmbda + 1, sporco's starting value."""
+    """Penalty of ADMM; None stands for 50 lmbda + 1, see `acsr_ray.sparse.admm`."""
     relaxation: float = Field(1.8, ge=1, lt=2)
     """Over-relaxation of ADMM."""
+    tolerance: float = Field(0.1, gt=0, le=1)
+    """Violation of the optimality conditions at which descent stops, as a share of lmbda."""
+    rounds: int = Field(8, ge=1)
+    """Most searches for violators in descent. Measured on CIFAR-10 at lmbda 0.1, 4, 5, 6 and 8 end 0.5,
+    0.16, 0.07 and 0.05 % above the optimum; 60 iterations of ADMM 0.27 %."""
+    padding: int = Field(0, ge=0)
+    """Symmetric padding in pixels on each side of an image, against wrap-around; 0 is circular."""
 
     @property
     def penalty(self) -> float:
@@ -55,9 +65,9 @@ class CbpdnConfig(Described):
 class CbpdnResult:
     """Sparse codes of a batch.
 
-    `maps` (N, M, H, W) are the sparse iterate, `reconstruction` (N, C, H, W) is their convolution with
-    the atoms, and `objective` (N,) is the functional at exactly these maps (of the padded image, where it is
-    smaller than an atom).
+    `maps` (N, M, H', W') are sparse and belong to the padded image, where padding was asked for or the
+    image is smaller than an atom; `reconstruction` (N, C, H, W) is their convolution with the atoms, cut to
+    the image; `objective` (N,) is the functional at exactly these maps, of the padded image.
     """
 
     maps: Tensor
@@ -65,130 +75,127 @@ class CbpdnResult:
     objective: Tensor
 
 
-@dataclass(frozen=True)
-class _Factor:
-    """The x-step of one image size: its DFT, D (2, F, M, 2C) and the regularised adjoint (2, F, 2C, M).
-
-    Complex products are written as real ones on (real | imaginary) blocks.
-    """
-
-    dft: RealDft
-    forward: Tensor
-    adjoint: Tensor
-
-    def images(self, spectrum: Tensor) -> Tensor:
-        """Return D times the maps' spectrum (2, F, N, M) as (F, N, 2C)."""
-        return (spectrum @ self.forward).sum(0)
-
-
 class Cbpdn:
     """Solve min over maps of 1/2 ||sum_m d_m * x_m - s||^2 + lmbda ||x||_1, per image.
 
     Args:
-        atoms: (M, C, h, w) real.
+        atoms: (M, C, h, w), or (K, M, C, h, w) dictionaries of which each image names one.
         config: solver settings.
 
     Raises:
-        ValueError: atoms are not a finite 4-d array.
+        ValueError: atoms are not finite arrays of these shapes.
     """
 
     def __init__(self, atoms: Tensor, config: CbpdnConfig) -> None:
-        if atoms.ndim != 4 or not torch.isfinite(atoms).all():
-            raise ValueError(f"atoms must be finite (M, C, h, w), got shape {tuple(atoms.shape)}")
+        if atoms.ndim not in (4, 5) or not torch.isfinite(atoms).all():
+            raise ValueError(f"atoms must be finite ([K,] M, C, h, w), got shape {tuple(atoms.shape)}")
         self.atoms = atoms
         self.config = config
-        self._factors: dict[tuple[int, int, torch.dtype, torch.device], _Factor] = {}
+        self._dictionaries = atoms[None] if atoms.ndim == 4 else atoms
+        settings = (config.penalty, config.relaxation, config.iterations)
+        self._admm = [Admm(own, *settings) for own in self._dictionaries]
+        self._patches: dict[tuple[int, torch.dtype], PatchDictionary] = {}
 
-    def solve(self, highpass: Tensor, strength: Tensor | None = None) -> CbpdnResult:
-        """Sparse-code a batch; differentiable in it.
+    def solve(
+        self,
+        highpass: Tensor,
+        strength: Tensor | None = None,
+        *,
+        index: Tensor | None = None,
+        start: Tensor | None = None,
+    ) -> CbpdnResult:
+        """Sparse-code a batch; differentiable in it and in the strength.
 
         Args:
             highpass: (N, C, H, W), float32 or float64, with the atoms' C; computed in its dtype.
             strength: (N,) factor on each image's lmbda; 1 when omitted.
+            index: (N,) int64, each image's dictionary; the first when omitted.
+            start: maps (N, M, H', W') to start from, as an earlier result has them.
 
         Raises:
-            ValueError: wrong shape or channels.
+            ValueError: wrong shape, channels or device.
         """
-        _, channels, *support = self.atoms.shape
+        signal, lmbda = self._prepare(highpass, strength)
+        if self._descends(highpass):
+            codes, values = self._descend(signal, lmbda, index, start)
+            maps, whole = codes.maps(values), codes.synthesise(values)
+        else:
+            whole, maps = self._iterate(signal, lmbda, index, start)
+        fidelity = 0.5 * (whole - signal).square().sum((1, 2, 3))
+        objective = fidelity + lmbda * maps.abs().sum((1, 2, 3))
+        return CbpdnResult(maps, self._cut(whole, highpass), objective)
+
+    def reconstruct(
+        self, highpass: Tensor, strength: Tensor | None = None, *, index: Tensor | None = None
+    ) -> Tensor:
+        """Return only the reconstruction (N, C, H, W) of a batch; see `solve`."""
+        signal, lmbda = self._prepare(highpass, strength)
+        if self._descends(highpass):
+            codes, values = self._descend(signal, lmbda, index, None)
+            whole = codes.synthesise(values)
+        else:
+            (whole,) = self._iterate(signal, lmbda, index, None, with_maps=False)
+        return self._cut(whole, highpass)
+
+    def _descends(self, highpass: Tensor) -> bool:
+        on_cpu = highpass.device.type == "cpu"
+        if self.config.solver == "descent" and not on_cpu:
+            raise ValueError(f"solver descent computes on CPUs only, got images on {highpass.device}")
+        return self.config.solver == "descent" or (self.config.solver == "auto" and on_cpu)
+
+    def _prepare(self, highpass: Tensor, strength: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the padded signal and each image's lmbda (N,)."""
+        _, channels, *support = self.atoms.shape[-4:]
         if highpass.ndim != 4 or highpass.shape[1] != channels:
             raise ValueError(f"highpass must be (N, {channels}, H, W), got {tuple(highpass.shape)}")
-        height, width = highpass.shape[2:]
+        signal = pad_symmetrically(highpass, self.config.padding)
         # An image smaller than an atom gets zeros to the right and below, and loses them again.
-        size = (max(height, support[0]), max(width, support[1]))
-        signal = F.pad(highpass, (0, size[1] - width, 0, size[0] - height))
-        maps, reconstruction = self._iterate(signal, size, strength)
-        fidelity = 0.5 * (reconstruction - signal).square().sum((1, 2, 3))
-        lmbda = self.config.lmbda * (1.0 if strength is None else strength)
-        objective = fidelity + lmbda * maps.abs().sum((1, 2, 3))
-        return CbpdnResult(maps[..., :height, :width], reconstruction[..., :height, :width], objective)
+        height, width = signal.shape[2:]
+        signal = F.pad(signal, (0, max(0, support[1] - width), 0, max(0, support[0] - height)))
+        if strength is None:
+            return signal, highpass.new_full((len(highpass),), self.config.lmbda)
+        return signal, self.config.lmbda * strength
 
-    def reconstruct(self, highpass: Tensor, strength: Tensor | None = None) -> Tensor:
-        """Return only the reconstruction (N, C, H, W) of a batch; see `solve`."""
-        return self.solve(highpass, strength).reconstruction
+    def _cut(self, whole: Tensor, highpass: Tensor) -> Tensor:
+        pad, (height, width) = self.config.padding, highpass.shape[2:]
+        return whole[..., pad : pad + height, pad : pad + width]
 
-    def _iterate(
-        self, signal: Tensor, size: tuple[int, int], strength: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Run ADMM; maps live as (H, W, N, M), so that every frequency is one small matrix product."""
-        factor = self._factor(size, signal)
-        dft, relaxation = factor.dft, self.config.relaxation
-        threshold: float | Tensor = self.config.lmbda / self.config.penalty
-        if strength is not None:
-            threshold = threshold * strength[:, None]
-        signal_f = _joined(dft.forward(signal.permute(2, 3, 0, 1)))
-        y = signal.new_zeros((*size, len(signal), len(self.atoms)))
-        u = torch.zeros_like(y)
-        for _ in range(self.config.iterations):
-            # x-step: x = v + D^H (rho I + D D^H)^-1 (s - D v), v = y - u (Woodbury).
-            v_f = dft.forward(y - u)
-            x = dft.inverse(v_f + (signal_f - factor.images(v_f)) @ factor.adjoint)
-            relaxed = relaxation * x + (1 - relaxation) * y + u
-            y = soft_threshold(relaxed, threshold)
-            u = relaxed - y
-        channels = signal.shape[1]
-        product = factor.images(dft.forward(y)).unflatten(-1, (2, channels)).movedim(-2, 0)
-        return y.permute(2, 3, 0, 1), dft.inverse(product).permute(2, 3, 0, 1)
-
-    def _factor(self, size: tuple[int, int], like: Tensor) -> _Factor:
-        key = (*size, like.dtype, like.device)
-        if key not in self._factors:
-            # Outside of any inference mode, or a later call with gradients could not use the factor.
-            with torch.inference_mode(False):
-                factor = self._build_factor(size, like.dtype, like.device)
-            if math.prod(size) > CACHED_PIXELS:
-                return factor
-            newest = list(self._factors.items())[1 - CACHED_SIZES :]
-            self._factors = {**dict(newest), key: factor}
-        return self._factors[key]
-
-    def _build_factor(self, size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> _Factor:
-        atoms = self.atoms.to(device, dtype).permute(2, 3, 0, 1)
-        padding = (0, 0, 0, 0, 0, size[1] - atoms.shape[1], 0, size[0] - atoms.shape[0])
-        dft = RealDft(*size, dtype, device)
-        real, imaginary = dft.forward(F.pad(atoms, padding))
-        forward = torch.complex(real, imaginary)
-        identity = torch.eye(forward.shape[-1], dtype=forward.dtype, device=forward.device)
-        # Images are rows here, so products run from the right and the adjoint stays untransposed.
-        gram = forward.mH @ forward + self.config.penalty * identity
-        # C x C and well conditioned: the inverse is several times cheaper than solving for M columns.
-        adjoint = torch.linalg.inv(gram) @ forward.mH
-        return _Factor(
-            dft,
-            torch.stack(
-                (
-                    torch.cat((forward.real, forward.imag), -1),
-                    torch.cat((-forward.imag, forward.real), -1),
-                )
-            ),
-            torch.stack(
-                (
-                    torch.cat((adjoint.real, -adjoint.imag), -2),
-                    torch.cat((adjoint.imag, adjoint.real), -2),
-                )
-            ),
+    def _descend(
+        self, signal: Tensor, lmbda: Tensor, index: Tensor | None, start: Tensor | None
+    ) -> tuple[Codes, Tensor]:
+        chosen = [0] * len(signal) if index is None else index.tolist()
+        dictionaries = [self._patch_dictionary(k, signal.dtype) for k in chosen]
+        return sparse_code(
+            signal,
+            lmbda,
+            dictionaries,
+            tolerance=self.config.tolerance,
+            rounds=self.config.rounds,
+            start=start,
         )
 
+    def _patch_dictionary(self, k: int, dtype: torch.dtype) -> PatchDictionary:
+        if (k, dtype) not in self._patches:
+            self._patches[k, dtype] = PatchDictionary(self._dictionaries[k].detach().to("cpu", dtype))
+        return self._patches[k, dtype]
 
-def _joined(spectrum: Tensor) -> Tensor:
-    """Return (2, F, N, C) as (F, N, 2C), real parts first."""
-    return torch.cat((spectrum[0], spectrum[1]), -1)
+    def _iterate(
+        self,
+        signal: Tensor,
+        lmbda: Tensor,
+        index: Tensor | None,
+        start: Tensor | None,
+        *,
+        with_maps: bool = True,
+    ) -> list[Tensor]:
+        """Group the images by dictionary: a product per frequency needs one D, not one for each image."""
+        if index is None:
+            return self._admm[0].solve(signal, lmbda, start, with_maps=with_maps)
+        positions, parts = [], []
+        for k in index.unique().tolist():
+            rows = (index == k).nonzero()[:, 0]
+            own = None if start is None else start[rows]
+            parts.append(self._admm[k].solve(signal[rows], lmbda[rows], own, with_maps=with_maps))
+            positions.append(rows)
+        order = torch.cat(positions).argsort()
+        return [torch.cat(part)[order] for part in zip(*parts, strict=True)]

@@ -29,13 +29,19 @@ def tikhonov_split(images: Tensor, config: TikhonovConfig) -> tuple[Tensor, Tens
     """Split images (N, C, H, W) into (lowpass, highpass) of the same shape; their sum is the image."""
     height, width = images.shape[-2:]
     pad = config.padding
-    rows = _symmetric_index(height, pad, images.device)
-    columns = _symmetric_index(width, pad, images.device)
-    padded = images[..., rows[:, None], columns]
+    padded = pad_symmetrically(images, pad)
     response = _response(*padded.shape[-2:], config.lmbda, padded.dtype, padded.device)
     smooth = torch.fft.irfft2(torch.fft.rfft2(padded) * response, s=padded.shape[-2:])
     lowpass = smooth[..., pad : pad + height, pad : pad + width]
     return lowpass, images - lowpass
+
+
+def pad_symmetrically(images: Tensor, pad: int) -> Tensor:
+    """Return images (..., H, W) mirrored by `pad` pixels at each edge, as often as needed."""
+    if not pad:
+        return images
+    rows, columns = (_symmetric_index(side, pad, images.device) for side in images.shape[-2:])
+    return images[..., rows[:, None], columns]
 
 
 @lru_cache(maxsize=4)

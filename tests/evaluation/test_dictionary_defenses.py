@@ -11,7 +11,7 @@ from acsr_ray.clustering.gaussians import Gaussians
 from acsr_ray.evaluation.dictionary_defenses import DictionaryDefense, LowBand, dct_atoms, random_atoms
 from acsr_ray.purification.bundle import load_bundle
 from acsr_ray.purification.purifier import Purifier
-from acsr_ray.purification.tiles import TILE
+from acsr_ray.purification.tiles import tile_of
 from acsr_ray.sparse.cbpdn import CbpdnConfig
 from acsr_ray.sparse.tikhonov import TikhonovConfig, tikhonov_split
 
@@ -30,7 +30,7 @@ def batch(smooth_pixels):
     return make
 
 
-@pytest.mark.parametrize("size", [(16, 16), (7, 30), (3, 3), (TILE + 8, 20)])
+@pytest.mark.parametrize("size", [(16, 16), (7, 30), (3, 3), (tile_of(8) + 8, 20)])
 def test_equals_the_purifier_with_one_cluster(bundle, batch, size):
     arrays = {name: array[2:3] for name, array in bundle.gaussians.pack().items()}
     single = replace(bundle, gaussians=Gaussians.unpack(arrays), atoms=bundle.atoms[2:3])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from acsr_ray.purification.bands import SPLIT_MICRO_BATCH, split_bands
-from acsr_ray.purification.tiles import SMALL_PIXELS
+from acsr_ray.sparse.admm import SMALL_PIXELS
 from acsr_ray.sparse.tikhonov import TikhonovConfig, tikhonov_split
 
 SIZE = SPLIT_MICRO_BATCH["cpu"]

@@ -356,8 +356,7 @@ def test_a_solver_that_fails_is_recorded(tiny_bundle, damaged, write_parquet, tm
     table = DecodeImages("image", LIMITS)(ReadUnits()(pa.table({UNIT: [unit.to_json()]})))
     table = SelectClusters(bundle, threads=1)(EncodeImages(bundle, "cpu", 8, threads=1)(table))
     stage = PurifyImages(bundle, "cpu", 8, threads=1)
-    for solver in stage.purifier.solvers:
-        solver.atoms = solver.atoms * float("nan")
+    stage.purifier.solver.atoms.fill_(float("nan"))
     table = stage(table)
     assert table[REASON].to_pylist() == [EXPECTED.get(row, "solver_fallback") for row in range(12)]
     assert table[STATUS].to_pylist() == [QUARANTINED if row in EXPECTED else PURIFIED for row in range(12)]

@@ -5,10 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from acsr_ray.purification.tiles import HALO, TILE, map_tiles
+from acsr_ray.purification.tiles import halo_of, map_tiles, tile_of
 from acsr_ray.sparse.cbpdn import Cbpdn, CbpdnConfig
 from acsr_ray.sparse.prox import project_atoms
 from acsr_ray.sparse.tikhonov import TikhonovConfig, tikhonov_split
+
+TILE, HALO = tile_of(8), halo_of(8)
 
 
 @settings(deadline=None, max_examples=25)
