@@ -8,6 +8,7 @@ which on CPUs costs a tenth, and ADMM on whole maps (`acsr_ray.sparse.admm`) for
 an image depend on its neighbours.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from acsr_ray.config import Described
 from acsr_ray.sparse.admm import Admm
 from acsr_ray.sparse.codes import Codes, sparse_code
-from acsr_ray.sparse.descent import PatchDictionary
+from acsr_ray.sparse.descent import Entries, PatchDictionary
 from acsr_ray.sparse.tikhonov import pad_symmetrically
 
 
@@ -75,6 +76,15 @@ class CbpdnResult:
     objective: Tensor
 
 
+@dataclass(frozen=True)
+class CodedBatch:
+    """Sparse codes as entries: each image's, with `reconstruction` and `objective` as in `CbpdnResult`."""
+
+    entries: list[Entries]
+    reconstruction: Tensor
+    objective: Tensor
+
+
 class Cbpdn:
     """Solve min over maps of 1/2 ||sum_m d_m * x_m - s||^2 + lmbda ||x||_1, per image.
 
@@ -117,13 +127,43 @@ class Cbpdn:
         """
         signal, lmbda = self._prepare(highpass, strength)
         if self._descends(highpass):
-            codes, values = self._descend(signal, lmbda, index, start)
+            first = (
+                None
+                if start is None
+                else [Entries.of_maps(own) for own in start.detach().to(signal.dtype).numpy()]
+            )
+            codes, values = self._descend(signal, lmbda, index, first)
             maps, whole = codes.maps(values), codes.synthesise(values)
         else:
             whole, maps = self._iterate(signal, lmbda, index, start)
         fidelity = 0.5 * (whole - signal).square().sum((1, 2, 3))
         objective = fidelity + lmbda * maps.abs().sum((1, 2, 3))
         return CbpdnResult(maps, self._cut(whole, highpass), objective)
+
+    @torch.no_grad()
+    def code(self, highpass: Tensor, start: Sequence[Entries] | None = None) -> CodedBatch:
+        """Sparse-code a batch to entries, which take a hundredth of the memory of maps.
+
+        Args:
+            highpass: (N, C, H, W), see `solve`.
+            start: entries of each image to start from.
+
+        Raises:
+            ValueError: as `solve`.
+        """
+        signal, lmbda = self._prepare(highpass, None)
+        if self._descends(highpass):
+            codes, values = self._descend(signal, lmbda, None, start)
+            entries, whole = codes.entries, codes.synthesise(values)
+            size = torch.tensor([abs(own.values).sum() for own in entries]).to(signal)
+        else:
+            shape = (len(self.atoms), *signal.shape[2:])
+            dense = None if start is None else torch.stack([own.maps(shape) for own in start]).to(signal)
+            whole, maps = self._iterate(signal, lmbda, None, dense)
+            entries = [Entries.of_maps(own) for own in maps.cpu().numpy()]
+            size = maps.abs().sum((1, 2, 3))
+        objective = 0.5 * (whole - signal).square().sum((1, 2, 3)) + lmbda * size
+        return CodedBatch(entries, self._cut(whole, highpass), objective)
 
     def reconstruct(
         self, highpass: Tensor, strength: Tensor | None = None, *, index: Tensor | None = None
@@ -161,7 +201,7 @@ class Cbpdn:
         return whole[..., pad : pad + height, pad : pad + width]
 
     def _descend(
-        self, signal: Tensor, lmbda: Tensor, index: Tensor | None, start: Tensor | None
+        self, signal: Tensor, lmbda: Tensor, index: Tensor | None, start: Sequence[Entries] | None
     ) -> tuple[Codes, Tensor]:
         chosen = [0] * len(signal) if index is None else index.tolist()
         dictionaries = [self._patch_dictionary(k, signal.dtype) for k in chosen]

@@ -1,23 +1,29 @@
-"""Convolutional dictionary learning (Eq. 5), online with second-order statistics.
+"""Convolutional dictionary learning (Eq. 5) by alternation of sparse coding and a quadratic surrogate.
 
-Mini-batches are sparse-coded with the current dictionary; the sums A = Z^H Z and B = Z^H S over the batches,
-with the past slowly forgotten, are a quadratic surrogate of the objective in the atoms, which a few FISTA
-steps with projection minimise. Source: Liu, Garcia-Cardona, Wohlberg and Yin 2018, the surrogate-splitting
-method that the ACSR paper cites for scale. Shapes: N images, C channels, M atoms, F frequencies.
+`online`: mini-batches are sparse-coded with the current dictionary, and after each the atoms minimise the
+sum over all batches so far, the past slowly forgotten. `batch`: all images are coded, from where the last
+pass left them, and then the atoms minimise their sum. Atoms that hardly any code uses are replaced by what
+the codes leave most of.
+Source: Liu, Garcia-Cardona, Wohlberg and Yin 2018, the surrogate-splitting method that the ACSR paper cites
+for scale. Shapes: N images, C channels, M atoms.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from acsr_ray.config import Described
 from acsr_ray.sparse.cbpdn import Cbpdn, CbpdnConfig
+from acsr_ray.sparse.descent import Entries
 from acsr_ray.sparse.prox import project_atoms
+from acsr_ray.sparse.surrogate import Surrogate, strongest_patches
+
+DEAD_SHARE = 1e-3
+"""An atom whose codes have less energy than this share of the mean counts as dead after a pass."""
 
 
 class CdlConfig(Described):
@@ -27,18 +33,49 @@ class CdlConfig(Described):
     """M."""
     support: int = Field(8, ge=2)
     """Side h = w of an atom in pixels."""
+    scales: tuple[int, ...] = ()
+    """Sides of atoms of several sizes, as (8, 12, 16) for larger images, which share num_atoms as evenly as
+    can be; the largest stands for support then, and smaller atoms are zero beyond their side. (): all have
+    `support`."""
     code: CbpdnConfig = CbpdnConfig(iterations=30, rho=4.0)
     """Sparse coding inside; lmbda as the purifier's."""
+    method: Literal["online", "batch"] = "online"
+    """When the atoms move: after every mini-batch, or after every pass."""
     epochs: int = Field(3, ge=1)
     """Passes over the images."""
     batch_size: int = Field(8, ge=1)
-    """Images per dictionary update."""
+    """Images per mini-batch."""
     update_steps: int = Field(8, ge=1)
     """FISTA steps per dictionary update."""
     forgetting: float = Field(5.0, ge=0)
-    """Exponent p of the weight (1 - 1/t)^p of the past at update t; 0 forgets nothing."""
+    """Exponent p of the weight (1 - 1/t)^p of the past at update t; 0 forgets nothing. Online only."""
     backend: Literal["acsr", "sporco"] = "acsr"
     """Learner; `sporco` takes gradient steps without update_steps and forgetting, and needs CuPy on a GPU."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.scales and (min(self.scales) < 2 or len(self.scales) > self.num_atoms):
+            raise ValueError(f"scales must be sides >= 2, at most one per atom, got {self.scales}")
+        if self.backend == "sporco" and (self.scales or self.method == "batch"):
+            raise ValueError("backend sporco learns online and atoms of one size only")
+        return self
+
+    @property
+    def window(self) -> int:
+        """Side of the array that holds an atom."""
+        return max(self.scales, default=self.support)
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Side of each atom."""
+        scales = sorted(self.scales) or [self.support]
+        return tuple(scales[m * len(scales) // self.num_atoms] for m in range(self.num_atoms))
+
+    def mask(self) -> Tensor:
+        """Return (M, 1, s, s) boolean: where an atom may be other than zero."""
+        place = torch.arange(self.window)
+        inside = place < torch.tensor(self.sides)[:, None]
+        return (inside[:, :, None] & inside[:, None, :])[:, None]
 
 
 @dataclass(frozen=True)
@@ -50,53 +87,93 @@ class CdlResult:
 
 
 @torch.no_grad()
-def learn_dictionary(highpass: Tensor, config: CdlConfig, *, seed: int) -> CdlResult:
+def learn_dictionary(
+    highpass: Tensor, config: CdlConfig, *, seed: int, start: Tensor | None = None
+) -> CdlResult:
     """Learn a dictionary of the high band of a set of images.
 
     Args:
         highpass: (N, C, H, W), the part of the images that CBPDN will see.
         config: settings.
         seed: fixes the starting atoms and the order of the images.
+        start: (M, C, h, w) atoms to start from, as those of an earlier run; patches when omitted.
 
     Raises:
-        ValueError: no images, images smaller than an atom, or values that are not finite; with sporco, fewer
-            than two atoms.
+        ValueError: no images, images smaller than an atom, or values that are not finite; a start of another
+            shape; with sporco, fewer than two atoms.
         ImportError: the backend is sporco, and it or, for images on a GPU, CuPy is missing.
     """
-    if highpass.ndim != 4 or not len(highpass) or min(highpass.shape[2:]) < config.support:
+    side = config.window
+    if highpass.ndim != 4 or not len(highpass) or min(highpass.shape[2:]) < side:
         raise ValueError(
-            f"highpass must be (N >= 1, C, H, W) with sides >= {config.support}, got {tuple(highpass.shape)}"
+            f"highpass must be (N >= 1, C, H, W) with sides >= {side}, got {tuple(highpass.shape)}"
         )
     if not torch.isfinite(highpass).all():
         raise ValueError("highpass must be finite")
+    shape = (config.num_atoms, highpass.shape[1], side, side)
+    if start is not None and start.shape != shape:
+        raise ValueError(f"start must be {shape}, got {tuple(start.shape)}")
+    generator = torch.Generator().manual_seed(seed)
+    atoms = random_patches(highpass, config, generator)
+    if start is not None:
+        atoms = project_atoms(start.to(highpass), config.mask().to(highpass.device))
     if config.backend == "sporco":
         from acsr_ray.sparse.cdl_sporco import learn_with_sporco
 
-        return learn_with_sporco(highpass, config, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    atoms = random_patches(highpass, config, generator)
-    surrogate: tuple[Tensor, Tensor] | None = None
+        return learn_with_sporco(highpass, atoms, config, generator)
+    return _learn(highpass, atoms, config, generator)
+
+
+def _learn(highpass: Tensor, atoms: Tensor, config: CdlConfig, generator: torch.Generator) -> CdlResult:
+    mask, online = config.mask(), config.method == "online"
+    surrogate = Surrogate(atoms)
+    codes: dict[int, Entries] = {}
     objective: list[float] = []
-    for batch in mini_batches(highpass, config, generator):
-        coded = Cbpdn(atoms, config.code).solve(batch)
-        objective.append(coded.objective.mean().item())
-        weight = (1 - 1 / len(objective)) ** config.forgetting
-        surrogate = _accumulate(surrogate, coded.maps, batch, weight)
-        atoms = _update_atoms(atoms, *surrogate, highpass.shape[-2:], config.update_steps)
+    for _ in range(config.epochs):
+        if not online:
+            surrogate = Surrogate(atoms)
+        for rows in mini_batches(len(highpass), config, generator):
+            batch = highpass[rows.to(highpass.device)]
+            solver = Cbpdn(atoms, config.code)
+            first = None if online or not codes else [codes[row] for row in rows.tolist()]
+            coded = solver.code(batch, first)
+            objective.append(coded.objective.mean().item())
+            if online:
+                surrogate.forget((1 - 1 / len(objective)) ** config.forgetting)
+            else:
+                codes |= dict(zip(rows.tolist(), coded.entries, strict=True))
+            surrogate.add(batch, coded.entries)
+            if online:
+                atoms = surrogate.minimise(atoms, mask, config.update_steps)
+        if not online:
+            atoms = surrogate.minimise(atoms, mask, config.update_steps)
+        atoms = _revive(atoms, surrogate, batch - coded.reconstruction, mask)
     return CdlResult(atoms, tuple(objective))
 
 
-def mini_batches(highpass: Tensor, config: CdlConfig, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yield batches (n <= batch_size, C, H, W) of all passes, each pass in an order of its own."""
-    for _ in range(config.epochs):
-        for chosen in torch.randperm(len(highpass), generator=generator).split(config.batch_size):
-            yield highpass[chosen.to(highpass.device)]
+def _revive(atoms: Tensor, surrogate: Surrogate, residuals: Tensor, mask: Tensor) -> Tensor:
+    """Replace dead atoms by the strongest patches of what is left of some images."""
+    usage = surrogate.usage
+    dead = (usage < DEAD_SHARE * usage.mean()).nonzero()[0].tolist()
+    patches = strongest_patches(residuals, len(dead), atoms.shape[-1]) if dead else atoms[:0]
+    dead = dead[: len(patches)]
+    if not dead:
+        return atoms
+    surrogate.drop(dead)
+    revived = atoms.clone()
+    revived[dead] = project_atoms(patches, mask[dead].to(patches.device))
+    return revived
+
+
+def mini_batches(count: int, config: CdlConfig, generator: torch.Generator) -> Iterator[Tensor]:
+    """Yield rows (n <= batch_size,) of all images, in an order of their own."""
+    yield from torch.randperm(count, generator=generator).split(config.batch_size)
 
 
 def random_patches(highpass: Tensor, config: CdlConfig, generator: torch.Generator) -> Tensor:
     """Start from patches of the images themselves plus a little noise, which keeps flat ones apart."""
     count, _, height, width = highpass.shape
-    side, patches = config.support, []
+    side, patches = config.window, []
     for _ in range(config.num_atoms):
         image, top, left = (
             int(torch.randint(limit, (), generator=generator))
@@ -105,44 +182,4 @@ def random_patches(highpass: Tensor, config: CdlConfig, generator: torch.Generat
         patches.append(highpass[image, :, top : top + side, left : left + side])
     start = torch.stack(patches)
     noise = torch.randn(start.shape, generator=generator, dtype=torch.float64).to(start)
-    return project_atoms(start + 1e-3 * noise)
-
-
-def _accumulate(
-    surrogate: tuple[Tensor, Tensor] | None, maps: Tensor, batch: Tensor, weight: float
-) -> tuple[Tensor, Tensor]:
-    """Return A (F, M, M) and B (F, M, C) with this batch added and the past weighted."""
-    maps_f = torch.fft.rfft2(maps).flatten(2).permute(2, 0, 1)
-    batch_f = torch.fft.rfft2(batch).flatten(2).permute(2, 0, 1)
-    gram, cross = maps_f.mH @ maps_f, maps_f.mH @ batch_f
-    if surrogate is None:
-        return gram, cross
-    return weight * surrogate[0] + gram, weight * surrogate[1] + cross
-
-
-def _update_atoms(atoms: Tensor, gram: Tensor, cross: Tensor, size: torch.Size, steps: int) -> Tensor:
-    """Minimise the surrogate over feasible atoms by FISTA."""
-    lipschitz = _largest_eigenvalue(gram)
-    if lipschitz <= 0:
-        return atoms
-    side = atoms.shape[-1]
-    current, point, momentum = atoms, atoms, 1.0
-    for _ in range(steps):
-        padded = F.pad(point, (0, size[1] - side, 0, size[0] - side))
-        point_f = torch.fft.rfft2(padded).flatten(2).permute(2, 0, 1)
-        slope_f = (gram @ point_f - cross).permute(1, 2, 0).unflatten(2, (size[0], -1))
-        slope = torch.fft.irfft2(slope_f, s=tuple(size))[..., :side, :side]
-        following = project_atoms(point - slope / lipschitz)
-        next_momentum = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
-        point = following + (momentum - 1) / next_momentum * (following - current)
-        current, momentum = following, next_momentum
-    return current
-
-
-def _largest_eigenvalue(gram: Tensor) -> float:
-    """Return an upper estimate of the largest eigenvalue over all frequencies, by power iteration."""
-    vector = gram.sum(-1, keepdim=True)
-    for _ in range(8):
-        vector = gram @ vector
-        vector = vector / vector.norm(dim=1, keepdim=True).clamp(min=1e-20)
-    return 1.1 * (gram @ vector).norm(dim=1).max().item()
+    return project_atoms(start + 1e-3 * noise, config.mask().to(start.device))

@@ -9,6 +9,7 @@ Garcia-Cardona, Wohlberg and Yin 2018, the first-order method. sporco's arrays a
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from types import ModuleType
 from typing import Any
 
@@ -18,7 +19,7 @@ from sporco.dictlrn import onlinecdl
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from acsr_ray.sparse.cdl import CdlConfig, CdlResult, mini_batches, random_patches
+from acsr_ray.sparse.cdl import CdlConfig, CdlResult, mini_batches
 from acsr_ray.sparse.prox import project_atoms
 
 ETA_A, ETA_B = 50.0, 5.0
@@ -43,13 +44,16 @@ class _Half:
 
 
 @torch.no_grad()
-def learn_with_sporco(highpass: Tensor, config: CdlConfig, *, seed: int) -> CdlResult:
+def learn_with_sporco(
+    highpass: Tensor, start: Tensor, config: CdlConfig, generator: torch.Generator
+) -> CdlResult:
     """Learn a dictionary with sporco, on the device and in the dtype of the images.
 
     Args:
         highpass: (N, C, H, W), as checked by `learn_dictionary`.
+        start: (M, C, h, w) feasible atoms.
         config: settings; update_steps and forgetting have no counterpart here.
-        seed: fixes the starting atoms and the order of the images, both as in our own learner.
+        generator: of the order of the images, as in our own learner.
 
     Raises:
         ValueError: fewer than two atoms; sporco takes the channels of a single one for atoms.
@@ -57,12 +61,13 @@ def learn_with_sporco(highpass: Tensor, config: CdlConfig, *, seed: int) -> CdlR
     """
     if config.num_atoms < 2:
         raise ValueError(f"num_atoms must be >= 2 with sporco, got {config.num_atoms}")
-    generator = torch.Generator().manual_seed(seed)
-    start = random_patches(highpass, config, generator)
     objective = []
     with _sporco_on(highpass.device) as half:
         learner = _learner(half, start, highpass, config)
-        for batch in mini_batches(highpass, config, generator):
+        for rows in chain.from_iterable(
+            mini_batches(len(highpass), config, generator) for _ in range(config.epochs)
+        ):
+            batch = highpass[rows.to(highpass.device)]
             if learner.cri is not None and len(batch) != learner.cri.K:
                 # Its arrays have the shape of the first batch; without this it fails on a smaller last one.
                 learner.cri = None

@@ -6,7 +6,7 @@ problem per image, by conjugate gradients. It costs no memory for iterations, un
 unrolled solver, and is exact where that one's depends on how many there were.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -63,7 +63,7 @@ def sparse_code(
     *,
     tolerance: float,
     rounds: int,
-    start: Tensor | None = None,
+    start: Sequence[Entries] | None = None,
 ) -> tuple[Codes, Tensor]:
     """Sparse-code a batch; each image on its own.
 
@@ -73,7 +73,7 @@ def sparse_code(
         dictionaries: of each image.
         tolerance: see `descend`.
         rounds: see `descend`.
-        start: maps (N, M, H, W) to start from.
+        start: entries of each image to start from.
 
     Returns:
         The codes and their values (n of all images,), differentiable in signal and lmbda.
@@ -82,7 +82,7 @@ def sparse_code(
     plain, weights = signal.detach(), lmbda.tolist()
 
     def solve(n: int) -> Entries:
-        first = None if start is None else Entries.of_maps(start[n].detach().to(signal.dtype).numpy())
+        first = None if start is None else start[n]
         return descend(plain[n], dictionaries[n], weights[n], tolerance=tolerance, rounds=rounds, start=first)
 
     codes = Codes(_for_each(solve, len(signal)), dictionaries, size)

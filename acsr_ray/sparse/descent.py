@@ -67,6 +67,13 @@ class Entries:
         places = np.stack([rows, columns, atoms], 1).astype(np.int32)
         return cls(places, maps[atoms, rows, columns])
 
+    def maps(self, shape: tuple[int, int, int]) -> Tensor:
+        """Return them as coefficient maps of shape (M, H, W)."""
+        maps = np.zeros(shape, self.values.dtype)
+        rows, columns, atoms = self.places.T
+        maps[atoms, rows, columns] = self.values
+        return torch.from_numpy(maps)
+
 
 class PatchDictionary:
     """Atoms as coordinate descent needs them.

@@ -40,13 +40,19 @@ class _SoftThreshold(torch.autograd.Function):
         return passed, -(passed * shrunk.sign()).sum_to_size(ctx.shape)
 
 
-def project_atoms(atoms: Tensor) -> Tensor:
+def project_atoms(atoms: Tensor, mask: Tensor | None = None) -> Tensor:
     """Return atoms (M, C, h, w) with zero mean per channel and unit l2 norm over (C, h, w).
+
+    With a mask (M, 1, h, w), atoms are zero outside it and have zero mean within.
 
     The constraint of the paper's Eq. 5 is ||d_m|| <= 1; on the high-pass part the optimum has norm 1 and
     no mean. An atom that is constant in every channel stays zero.
     """
-    centred = atoms - atoms.mean((2, 3), keepdim=True)
+    if mask is None:
+        centred = atoms - atoms.mean((2, 3), keepdim=True)
+    else:
+        atoms = atoms * mask
+        centred = (atoms - atoms.sum((2, 3), keepdim=True) / mask.sum((2, 3), keepdim=True)) * mask
     norms = centred.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     # Relative to the atom, since the mean of a constant one is only constant up to rounding.
     floor = ROUNDING * torch.finfo(atoms.dtype).eps * atoms.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
