@@ -33,7 +33,7 @@ from acsr_ray.purification.bundle import (
     load_bundle,
 )
 from acsr_ray.purification.doubt_stage import PurifyWithDoubt, doubt_settings
-from acsr_ray.purification.options import PurifyOptions, Reconstruction, Strength
+from acsr_ray.purification.options import Precision, PurifyOptions, Reconstruction, Strength
 from acsr_ray.purification.stages import (
     DecodeImages,
     EncodeImages,
@@ -66,6 +66,8 @@ class PurifyCorpusSettings(JobSettings):
     """How much is taken away, a factor, or `auto`, one for each image; None: the bundle's default."""
     top_k: int = Field(1, ge=1)
     """Reconstruct with so many nearest clusters and average."""
+    precision: Precision = "float32"
+    """Of the unrolled network; `bfloat16` is faster where the hardware computes in it."""
     limit: int | None = Field(None, ge=1)
     """Only the first so many rows of the corpus."""
     batch_size: int = Field(64, ge=1)
@@ -94,7 +96,12 @@ class PurifyCorpusSettings(JobSettings):
     @property
     def options(self) -> PurifyOptions:
         """How to purify."""
-        return PurifyOptions(reconstruction=self.reconstruction, strength=self.strength, top_k=self.top_k)
+        return PurifyOptions(
+            reconstruction=self.reconstruction,
+            strength=self.strength,
+            top_k=self.top_k,
+            precision=self.precision,
+        )
 
 
 def purify_corpus(settings: PurifyCorpusSettings) -> dict[str, Any]:

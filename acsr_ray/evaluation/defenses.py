@@ -16,7 +16,7 @@ from acsr_ray.defenses.base import Defense
 from acsr_ray.evaluation.cluster_defenses import PurifierDefense
 from acsr_ray.evaluation.defense_registry import DEFENSES, OPTIONS, BuildRequest
 from acsr_ray.purification.bundle import ALGORITHM_VERSION, find_bundle, load_bundle
-from acsr_ray.purification.options import PurifyOptions, Reconstruction, Strength
+from acsr_ray.purification.options import Precision, PurifyOptions, Reconstruction, Strength
 
 __all__ = [
     "DEFENSES",
@@ -78,6 +78,8 @@ class DefenseConfig(Described):
     """acsr: factor on lmbda or on the network's change, or `auto`; the bundle's default when omitted."""
     top_k: int | None = Field(None, ge=1)
     """acsr: clusters to reconstruct with and average."""
+    precision: Precision | None = None
+    """acsr: of the unrolled network."""
     reselect: int | None = Field(None, ge=0)
     """acsr: how often the cluster is chosen anew from the purified image."""
     rank: int | None = Field(None, ge=1)

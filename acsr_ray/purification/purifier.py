@@ -80,7 +80,7 @@ class Purifier(nn.Module):
         self.solver = Cbpdn(atoms, cbpdn)
         self.unrolled = None
         if self.config.reconstruction == "unrolled":
-            self.unrolled = UnrolledReconstruction(bundle, device)
+            self.unrolled = UnrolledReconstruction(bundle, device, self.options.precision)
 
     @classmethod
     def load(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from acsr_ray.artifacts import ArtifactError
 from acsr_ray.models.classifier import pad_batch
 from acsr_ray.purification.bundle import Bundle
+from acsr_ray.purification.options import Precision
 from acsr_ray.purification.tiles import map_tiles
 from acsr_ray.sparse.admm import SMALL_PIXELS
 from acsr_ray.sparse.noise import noise_level
@@ -27,17 +28,19 @@ class UnrolledReconstruction(nn.Module):
     Args:
         bundle: with an unrolled reconstruction.
         device: where to compute.
+        precision: of convolutions; sums of images stay in float32.
 
     Raises:
         ArtifactError: it has none, or weights that do not fit.
     """
 
-    def __init__(self, bundle: Bundle, device: str) -> None:
+    def __init__(self, bundle: Bundle, device: str, precision: Precision = "float32") -> None:
         super().__init__()
         config = bundle.config.unrolled
         if config is None:
             raise ArtifactError(f"bundle {bundle.config.name} has no unrolled reconstruction")
         self.config = config
+        self.precision = precision
         network = restore_unrolled(bundle).requires_grad_(False).to(device)
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -80,8 +83,10 @@ class UnrolledReconstruction(nn.Module):
 
     def _bands(self, bands: Tensor, **state: Tensor) -> Tensor:
         lowpass, highpass = bands.chunk(2, 1)
-        reconstruction: Tensor = self.network(lowpass, highpass, **state)
-        return reconstruction
+        half = self.precision == "bfloat16"
+        with torch.autocast(bands.device.type, torch.bfloat16, enabled=half):
+            reconstruction: Tensor = self.network(lowpass, highpass, **state)
+        return reconstruction.float()
 
 
 def fill_up(values: Tensor, size: int) -> Tensor:

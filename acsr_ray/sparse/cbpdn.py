@@ -127,11 +127,9 @@ class Cbpdn:
         """
         signal, lmbda = self._prepare(highpass, strength)
         if self._descends(highpass):
-            first = (
-                None
-                if start is None
-                else [Entries.of_maps(own) for own in start.detach().to(signal.dtype).numpy()]
-            )
+            first = None
+            if start is not None:
+                first = [Entries.of_maps(own) for own in start.detach().to(signal.dtype).numpy()]
             codes, values = self._descend(signal, lmbda, index, first)
             maps, whole = codes.maps(values), codes.synthesise(values)
         else:

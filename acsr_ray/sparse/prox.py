@@ -26,7 +26,7 @@ class _SoftThreshold(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, threshold: Tensor) -> Tensor:  # noqa: ANN401
-        shrunk = x - torch.maximum(torch.minimum(x, threshold), -threshold)
+        shrunk = x - x.clamp(-threshold, threshold)
         ctx.save_for_backward(shrunk)
         ctx.shape = threshold.shape
         return shrunk

@@ -60,9 +60,7 @@ class Surrogate:
             self.patches[m] = 0
 
     def minimise(self, atoms: Tensor, mask: Tensor, steps: int) -> Tensor:
-        """Return feasible atoms (M, C, s, s) after so many FISTA steps from given ones; see
-        `project_atoms`.
-        """
+        """Return feasible atoms (M, C, s, s), see `project_atoms`, after so many FISTA steps."""
         grid = (2 * self.side, 2 * self.side)
         gram = torch.fft.rfft2(torch.from_numpy(self.products)).flatten(2).permute(2, 0, 1).contiguous()
         cross = torch.from_numpy(self.patches).permute(0, 3, 1, 2)

@@ -1,5 +1,6 @@
 """The registry: every defence keeps the contract; settings that cannot work are refused with a hint."""
 
+import copy
 import json
 import warnings
 from dataclasses import replace
@@ -20,7 +21,7 @@ from acsr_ray.models.pixel_cnn import PixelCnn, PixelCnnConfig, save_pixel_cnn
 from acsr_ray.purification.bundle import load_bundle
 from acsr_ray.purification.options import PurifyOptions
 from acsr_ray.purification.purifier import Purifier
-from acsr_ray.sparse.cbpdn import CbpdnConfig
+from acsr_ray.sparse.cbpdn import Cbpdn, CbpdnConfig
 from acsr_ray.sparse.tikhonov import TikhonovConfig
 from acsr_ray.training.global_dictionary import GlobalDictionary, save_global_dictionary
 
@@ -142,6 +143,19 @@ def test_gradients_are_as_announced(name, built, images):
     assert gradient.flatten(1).norm(dim=1).min() > 0
 
 
+CODED = {"acsr", "cluster", "random_cluster", "rank", "random_atoms", "dct_atoms", "stl"}
+
+
+def _exact(defense):
+    """Return a copy whose sparse coding ends at the optimum, to which its derivative belongs."""
+    defense = copy.deepcopy(defense)
+    owner = getattr(defense, "purifier", defense)
+    if hasattr(owner, "solver"):
+        config = owner.solver.config.model_copy(update={"tolerance": 1e-5, "rounds": 200})
+        owner.solver = Cbpdn(owner.solver.atoms, config)
+    return defense
+
+
 @pytest.mark.parametrize("name", sorted(DIFFERENTIABLE - {"none", "gaussian", "crop_ensemble"}))
 def test_gradient_along_a_direction_by_differences(name, built, images):
     # Away from 0 and 1, where clipping has a kink; float32, so the step is not tiny.
@@ -149,7 +163,7 @@ def test_gradient_along_a_direction_by_differences(name, built, images):
     direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
     # The seed's draws follow the 8-bit image; a fixed cluster takes them out of the comparison.
-    defense = built["cluster" if name == "random_cluster" else name]
+    defense = _exact(built["cluster" if name == "random_cluster" else name])
     step = 2e-4
     with torch.no_grad():
         ahead, behind = (defense(x + sign * step * direction) for sign in (1, -1))
@@ -157,7 +171,8 @@ def test_gradient_along_a_direction_by_differences(name, built, images):
     start = x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad((defense(start) * weight).sum(), start)
     # The slope along a random direction is of the size of the gradient's norm, which sets the tolerance.
-    tolerance = 0.02 * gradient.norm().item()
+    # Sparse codes have kinks, and the step crosses some.
+    tolerance = (0.05 if name in CODED else 0.02) * gradient.norm().item()
     assert (gradient * direction).sum().item() == pytest.approx(slope, abs=tolerance)
 
 

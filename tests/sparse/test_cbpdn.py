@@ -277,7 +277,7 @@ def test_one_solver_serves_many_sizes_and_dtypes():
     "atoms",
     [
         torch.ones(3, 4, 4),
-        torch.ones(1, 2, 3, 4, 4),
+        torch.ones(1, 1, 2, 3, 4, 4),
         torch.full((2, 3, 4, 4), float("nan")),
         torch.full((2, 3, 4, 4), float("inf")),
     ],
