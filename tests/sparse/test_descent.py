@@ -228,17 +228,17 @@ def test_padding_is_mirrored_and_cut_off(solver, size):
 
 
 def test_padding_keeps_one_edge_from_showing_at_the_other():
-    atoms, images = _atoms(8, 3, (6, 6)), _random(1, 3, 16, 60, seed=15)
+    atoms, images = _atoms(8, 3, (6, 6)), _random(1, 3, 16, 80, seed=15)
     moved = images.clone()
     moved[..., :3] += 2
     config = CbpdnConfig(lmbda=0.3, tolerance=1e-6, rounds=1000)
     change = []
-    for padding in (0, 12):
+    for padding in (0, 30):
         solver = Cbpdn(atoms, config.model_copy(update={"padding": padding}))
         difference = solver.reconstruct(moved) - solver.reconstruct(images)
         change.append(difference[..., -2:].abs().max().item())
     assert change[0] > 0.1
-    assert change[1] < 0.01 * change[0]
+    assert change[1] < 0.05 * change[0]
 
 
 def test_gradients_are_right():
