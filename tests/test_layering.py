@@ -17,6 +17,7 @@ LAYERS = (
     ("training",),
     ("evaluation",),
     ("distributed",),
+    ("benchmark",),
     ("demo",),
     ("cli",),
     ("jobs",),

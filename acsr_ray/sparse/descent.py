@@ -121,6 +121,15 @@ class PatchDictionary:
         return torch.mm(torch.from_numpy(patches), self.transposed, out=out)
 
 
+@dataclass
+class Work:
+    """What descents did: pixels searched, rounds, and visits of entries in sweeps."""
+
+    searched: int = 0
+    rounds: int = 0
+    visits: int = 0
+
+
 def descend(
     signal: Tensor,
     dictionary: PatchDictionary,
@@ -129,6 +138,7 @@ def descend(
     tolerance: float,
     rounds: int,
     start: Entries | None = None,
+    work: Work | None = None,
 ) -> Entries:
     """Sparse-code one image.
 
@@ -139,6 +149,7 @@ def descend(
         tolerance: largest violation of the optimality conditions to stop at, as a share of lmbda.
         rounds: most rounds.
         start: coefficients to start from.
+        work: is added to.
 
     Returns:
         The coefficients that are not zero; where a correlation is not finite, a single NaN.
@@ -161,7 +172,7 @@ def descend(
         if not len(found) and change <= enough:
             break
         entries = entries.extended(found)
-        change = dictionary.loops.descend(
+        change, sweeps = dictionary.loops.descend(
             residual,
             dictionary.atoms,
             dictionary.energy,
@@ -172,9 +183,14 @@ def descend(
             # Less than asked for, or the search that follows would find what is left.
             enough / 2,
         )
+        if work is not None:
+            work.rounds += 1
+            work.visits += sweeps * len(entries)
         left = entries.places[entries.values == 0]
         # What leaves the set counts as unknown.
         search.bound[left[:, 0].astype(np.int64) * width + left[:, 1]] = np.inf
+    if work is not None:
+        work.searched += search.searched
     return entries.extended(np.empty((0, 3), np.int32))
 
 
@@ -191,6 +207,8 @@ class _Search:
         self.height = len(residual)
         self.width = (residual.shape[1] - dictionary.margin) // dictionary.channels
         pixels, number = self.height * self.width, residual.dtype
+        self.searched = 0
+        """Pixels, over all calls."""
         self.finite = True
         """Whether all that was searched is."""
         # Nothing is known at first: every pixel is searched.
@@ -220,6 +238,7 @@ class _Search:
             limit: pixels whose bound is below are not searched.
         """
         pixels = np.flatnonzero(self.bound > limit)
+        self.searched += len(pixels)
         found, count = np.empty((len(pixels), 3), np.int32), 0
         for first in range(0, len(pixels), BLOCK):
             block = pixels[first : first + BLOCK]

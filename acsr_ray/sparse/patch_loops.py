@@ -28,7 +28,7 @@ Array = NDArray[Any]
 class PatchLoops:
     """The loops for one shape of atoms; all release the interpreter's lock."""
 
-    descend: Callable[..., float]
+    descend: Callable[..., tuple[float, int]]
     copy_patches: Callable[..., None]
     analyse: Callable[..., None]
     synthesise: Callable[..., None]
@@ -57,8 +57,11 @@ def patch_loops(height: int, row: int, channels: int) -> PatchLoops:
         lmbda: float,
         sweeps: int,
         enough: float,
-    ) -> float:
-        """Sweep over entries until no correlation changes by more than `enough`; return the largest change.
+    ) -> tuple[float, int]:
+        """Sweep over entries until no correlation changes by more than `enough`.
+
+        Returns:
+            The largest change of the last sweep, and how many sweeps there were.
 
         Args:
             residual: of the image; changed in place, as values are.
@@ -74,7 +77,9 @@ def patch_loops(height: int, row: int, channels: int) -> PatchLoops:
         width = residual.shape[1] - margin
         zero = lmbda * 0
         largest = zero
-        for _ in range(sweeps):
+        done = 0
+        while done < sweeps:
+            done += 1
             largest = zero
             for n in range(len(values)):
                 top, left, atom = places[n, 0], places[n, 1] * channels, places[n, 2]
@@ -102,7 +107,7 @@ def patch_loops(height: int, row: int, channels: int) -> PatchLoops:
                             residual[i, q + width] = residual[i, q]
             if largest <= enough:
                 break
-        return largest
+        return largest, done
 
     def copy_patches(image: Array, pixels: Array, out: Array) -> None:
         """Copy the patches that begin at some pixels (numbers i W + j) to out (n, h w C)."""

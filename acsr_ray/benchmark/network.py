@@ -1,0 +1,68 @@
+"""The unrolled network as purification runs it beside one plain call of it, and the encoder."""
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from acsr_ray.benchmark.pictures import images
+from acsr_ray.benchmark.report import Row
+from acsr_ray.benchmark.timing import alternate, timed
+from acsr_ray.purification.bands import split_bands
+from acsr_ray.purification.bundle import load_bundle
+from acsr_ray.purification.options import Precision, PurifyOptions
+from acsr_ray.purification.purifier import Purifier
+
+PIXELS = 64 * 32 * 32
+GPU_PIXELS = 4096 * 32 * 32
+
+
+def benchmark_unrolled(bundle: str, side: int, *, device: str, repeats: int) -> list[Row]:
+    """Return rows of both precisions; the peer is one call in PyTorch's default layout and float32."""
+    count = max(2, (GPU_PIXELS if device == "cuda" else PIXELS) // side**2)
+    batch = images(count, side).to(device)
+    purifiers: dict[Precision, Purifier] = {}
+    for precision in ("float32", "bfloat16"):
+        options = PurifyOptions(reconstruction="unrolled", precision=precision)
+        purifiers[precision] = Purifier(load_bundle(bundle), device, options)
+    low, high = split_bands(batch, purifiers["float32"].config.tikhonov)
+    cluster = torch.zeros(count, dtype=torch.int64, device=device)
+    plain = purifiers["float32"].unrolled
+    assert plain is not None
+    network = plain.network
+    with torch.inference_mode():
+        with FlopCounterMode(display=False) as counter:
+            network(low, high, cluster)
+        seconds = alternate(
+            {
+                "plain": timed(lambda: network(low, high, cluster), device),
+                "float32": timed(lambda: _call(purifiers["float32"], low, high, cluster), device),
+                "bfloat16": timed(lambda: _call(purifiers["bfloat16"], low, high, cluster), device),
+                "encoder": timed(lambda: purifiers["float32"].latents(batch), device),
+            },
+            repeats,
+        )
+        change = _call(purifiers["bfloat16"], low, high, cluster) - _call(
+            purifiers["float32"], low, high, cluster
+        )
+    levels = 255 * change.abs().max().item()
+    rows = [
+        Row(
+            "unrolled",
+            f"network, {precision}",
+            side,
+            count,
+            seconds[precision] / count,
+            "one plain call, float32",
+            seconds["plain"] / count,
+            flop=counter.get_total_flops() / count,
+            note="" if precision == "float32" else f"at most {levels:.1f} levels from float32",
+        )
+        for precision in ("float32", "bfloat16")
+    ]
+    rows.append(Row("unrolled", "encoder", side, count, seconds["encoder"] / count))
+    return rows
+
+
+def _call(purifier: Purifier, low: torch.Tensor, high: torch.Tensor, cluster: torch.Tensor) -> torch.Tensor:
+    assert purifier.unrolled is not None
+    rebuilt: torch.Tensor = purifier.unrolled(low, high, cluster)
+    return rebuilt

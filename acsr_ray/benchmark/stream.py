@@ -1,0 +1,132 @@
+"""The whole job on Ray beside the bare purifier in processes of the same cores; its memory over a run."""
+
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import psutil
+import ray
+import torch
+
+from acsr_ray.benchmark.pictures import crops, images
+from acsr_ray.benchmark.report import Row
+from acsr_ray.benchmark.timing import Side, alternate, in_processes, timed
+from acsr_ray.corpus.writing import write_shard
+from acsr_ray.distributed.purify import PurifyCorpusSettings, purify_corpus
+from acsr_ray.distributed.runtime import RaySettings, ray_session
+from acsr_ray.purification.bundle import load_bundle
+from acsr_ray.purification.options import PurifyOptions, Reconstruction
+from acsr_ray.purification.purifier import Purifier
+
+SHARD_ROWS = 5000
+BATCH = 64
+SAMPLE_SECONDS = 1.0
+DISTINCT = 2000
+"""Images drawn; shards repeat them, for drawing takes longer than purifying would wait."""
+
+
+def benchmark_pipeline(
+    bundle: str, side: int, *, count: int, reconstruction: Reconstruction, cores: int, repeats: int
+) -> Row:
+    """Return the row of one job over `count` images, with the bare purifier as its peer.
+
+    Args:
+        bundle: directory or name.
+        side: of the images.
+        count: of the images.
+        reconstruction: `unrolled` or `cbpdn`.
+        cores: processes of the bare purifier.
+        repeats: timed runs of the bare purifier, before and after the job.
+    """
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        source = write_corpus(Path(folder) / "in", count, side)
+        parts = [(bundle, side, max(BATCH, min(count, 1000) // cores), reconstruction)] * cores
+        bare = stack.enter_context(in_processes(purifier_side, parts))
+        before = alternate({"bare": bare}, repeats)["bare"]
+        settings = PurifyCorpusSettings(
+            input=str(source), output=f"{folder}/out", bundle=bundle, reconstruction=reconstruction
+        )
+        session = RaySettings()
+        started = time.perf_counter()
+        with ray_session(session):
+            summary = purify_corpus(settings)
+        whole = time.perf_counter() - started
+        after = alternate({"bare": bare}, repeats)["bare"]
+        assert summary["images"] == count
+    per_image = (before + after) / 2 / (parts[0][2] * cores)
+    return Row(
+        "pipeline",
+        f"purify_corpus, {reconstruction}, {count} images",
+        side,
+        count,
+        whole / count,
+        f"encode, select, reconstruct in {cores} bare processes",
+        per_image,
+        note=f"the start of Ray and its workers included; images/s by its own report {summary['images/s']}",
+    )
+
+
+def write_corpus(directory: Path, count: int, side: int) -> Path:
+    """Write shards of `count` crops and return their folder."""
+    directory.mkdir()
+    pixels = crops(min(count, DISTINCT), side)
+    for first in range(0, count, SHARD_ROWS):
+        rows = range(first, min(first + SHARD_ROWS, count))
+        names = tuple(f"{row:08d}" for row in rows)
+        shard = pixels[[row % len(pixels) for row in rows]]
+        labels = torch.zeros(len(rows), dtype=torch.int64).numpy()
+        write_shard(directory / f"part-{first:08d}.parquet", shard, labels, names, ("photo",))
+    return directory
+
+
+def purifier_side(bundle: str, side: int, count: int, reconstruction: Reconstruction) -> Side:
+    """Return a side that purifies `count` images in batches, as a stage's actor does."""
+    purifier = Purifier(load_bundle(bundle), options=PurifyOptions(reconstruction=reconstruction))
+    batches = images(count, side).split(BATCH)
+
+    @torch.inference_mode()
+    def work() -> None:
+        for batch in batches:
+            purifier.purify(batch)
+
+    return timed(work)
+
+
+@contextmanager
+def watched_memory() -> Iterator[dict[str, float]]:
+    """Yield a dict that, afterwards, holds the largest MiB of the driver, any worker and the object store.
+
+    The driver is this process, workers are its descendants; the object store is what the local Ray says is
+    in use."""
+    largest = {"driver": 0.0, "worker": 0.0, "object store": 0.0}
+    stop = threading.Event()
+
+    def watch() -> None:
+        own = psutil.Process()
+        while not stop.wait(SAMPLE_SECONDS):
+            _note(largest, "driver", own.memory_info().rss)
+            for child in own.children(recursive=True):
+                try:
+                    if child.name().startswith("ray::"):
+                        _note(largest, "worker", child.memory_info().rss)
+                except psutil.NoSuchProcess:
+                    continue
+            if ray.is_initialized():
+                total, left = ray.cluster_resources(), ray.available_resources()
+                used = total.get("object_store_memory", 0.0) - left.get("object_store_memory", 0.0)
+                _note(largest, "object store", used)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield largest
+    finally:
+        stop.set()
+        watcher.join()
+
+
+def _note(largest: dict[str, float], what: str, size: float) -> None:
+    largest[what] = max(largest[what], size / 2**20)
