@@ -16,7 +16,7 @@ from acsr_ray.artifacts import atomic_write
 from acsr_ray.benchmark.choice import benchmark_codec, benchmark_selection
 from acsr_ray.benchmark.learning import benchmark_cdl
 from acsr_ray.benchmark.network import benchmark_unrolled
-from acsr_ray.benchmark.report import Ceilings, Row, measure_ceilings, to_table
+from acsr_ray.benchmark.report import Row, measure_ceilings, to_table
 from acsr_ray.benchmark.solver import benchmark_solver
 from acsr_ray.benchmark.stream import benchmark_pipeline
 from acsr_ray.config import ConfigError, Device, JobSettings

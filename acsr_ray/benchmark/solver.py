@@ -2,7 +2,8 @@
 
 The optimum is what coordinate descent reaches at a violation of 1e-3 lmbda in float64, which is below what
 1,000 iterations of ADMM reach. sporco runs with its own adaptive rho and with the fixed one of our ADMM, as
-one batch on all cores and as one process per core; its fastest counts, and of its time only `solve`."""
+one batch on all cores and as one process per core; its fastest counts, and of its time only `solve`.
+"""
 
 import time
 from collections.abc import Mapping
@@ -200,7 +201,8 @@ def count_work(problem: Problem, config: CbpdnConfig, device: str) -> tuple[floa
 
     Descent: a searched pixel costs a product of its patch with all atoms, and the patch and the
     correlations are written and read; a visit of an entry costs a dot product and at most one update of a
-    patch. ADMM: the DFT as matrix products and as many passes over maps and spectra as `Admm` makes."""
+    patch. ADMM: the DFT as matrix products and as many passes over maps and spectra as `Admm` makes.
+    """
     count, channels, height, width = problem.images.shape
     atoms = len(problem.atoms)
     if device == "cpu":

@@ -100,7 +100,8 @@ def watched_memory() -> Iterator[dict[str, float]]:
     """Yield a dict that, afterwards, holds the largest MiB of the driver, any worker and the object store.
 
     The driver is this process, workers are its descendants; the object store is what the local Ray says is
-    in use."""
+    in use.
+    """
     largest = {"driver": 0.0, "worker": 0.0, "object store": 0.0}
     stop = threading.Event()
 

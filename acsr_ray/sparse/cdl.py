@@ -129,13 +129,13 @@ def _learn(highpass: Tensor, atoms: Tensor, config: CdlConfig, generator: torch.
     surrogate = Surrogate(atoms)
     codes: dict[int, Entries] = {}
     objective: list[float] = []
-    for _ in range(config.epochs):
+    for epoch in range(config.epochs):
         if not online:
             surrogate = Surrogate(atoms)
         for rows in mini_batches(len(highpass), config, generator):
             batch = highpass[rows.to(highpass.device)]
             solver = Cbpdn(atoms, config.code)
-            first = None if online or not codes else [codes[row] for row in rows.tolist()]
+            first = None if online or not epoch else [codes[row] for row in rows.tolist()]
             coded = solver.code(batch, first)
             objective.append(coded.objective.mean().item())
             if online:

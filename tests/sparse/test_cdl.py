@@ -162,3 +162,78 @@ def test_as_good_as_sporcos_online_learner(learned, planted, images):
         torch.from_numpy(start).permute(3, 2, 0, 1) / 10, held_out
     )
     assert ours <= 1.05 * _held_out_objective(theirs, held_out)
+
+
+def test_batch_learning_never_raises_the_objective_of_all_images(images):
+    config = CONFIG.model_copy(update={"method": "batch", "epochs": 8, "batch_size": 5})
+    learned = learn_dictionary(images, config, seed=0)
+    batches = 3
+    assert len(learned.objective) == 8 * batches
+    sizes = np.tile([5, 5, 2], 8)
+    passes = (np.array(learned.objective) * sizes).reshape(8, batches).sum(1)
+    # Codes stop within their tolerance, a share of a percent above their optimum.
+    assert (np.diff(passes) < 2e-3 * passes[:-1]).all()
+    assert passes[-1] < 0.75 * passes[0]
+
+
+def test_dead_atoms_are_replaced(images):
+    dead = torch.zeros(1, 3, 5, 5, dtype=torch.float64)
+    # A checkerboard of pixels: the images are smooth.
+    dead[:, :, ::2, ::2], dead[:, :, 1::2, 1::2] = 1, 1
+    start = torch.cat([learn_dictionary(images, CONFIG, seed=1).atoms[:5], project_atoms(dead)])
+    for method in ("online", "batch"):
+        config = CONFIG.model_copy(update={"method": method, "epochs": 4})
+        found = learn_dictionary(images, config, seed=0, start=start).atoms
+        assert (found[5] * start[5]).sum().abs() < 0.5
+        maps = Cbpdn(found, CODE).solve(images).maps
+        usage = maps.square().sum((0, 2, 3))
+        assert usage[5] > 1e-2 * usage.mean()
+        assert Cbpdn(start, CODE).solve(images).maps[:, 5].square().sum() < 1e-3 * usage.mean()
+
+
+def test_atoms_of_several_sizes(images):
+    config = CdlConfig(num_atoms=7, scales=(6, 3, 4), code=CODE, epochs=2, batch_size=4)
+    assert config.window == 6
+    assert config.sides == (3, 3, 3, 4, 4, 6, 6)
+    atoms = learn_dictionary(images, config, seed=0).atoms
+    assert atoms.shape == (7, 3, 6, 6)
+    for atom, side in zip(atoms, config.sides, strict=True):
+        assert torch.equal(atom[:, side:], torch.zeros_like(atom[:, side:]))
+        assert torch.equal(atom[:, :, side:], torch.zeros_like(atom[:, :, side:]))
+        assert atom[:, :side, :side].mean((1, 2)).abs().max() < 1e-12
+        assert atom.norm().item() == pytest.approx(1, abs=1e-12)
+        assert atom[:, side - 1].abs().max() > 1e-3
+
+
+def test_a_start_is_where_learning_starts(images, learned):
+    config = CONFIG.model_copy(update={"epochs": 1, "batch_size": 12})
+    cold, warm = (
+        learn_dictionary(images, config, seed=3, start=start).objective[0] for start in (None, learned.atoms)
+    )
+    assert warm < 0.8 * cold
+    with pytest.raises(ValueError, match="start must be"):
+        learn_dictionary(images, config, seed=3, start=learned.atoms[:3])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"scales": (1, 4)},
+        {"scales": (3, 4, 5), "num_atoms": 2},
+        {"scales": (3, 4), "backend": "sporco"},
+        {"method": "batch", "backend": "sporco"},
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings):
+    with pytest.raises(ValueError, match=r"scales|backend"):
+        CdlConfig(**settings)
+
+
+def test_learning_on_whole_maps_ends_alike(images):
+    """ADMM codes as a GPU does; the surrogate takes the same entries."""
+    admm = CONFIG.model_copy(update={"code": CODE.model_copy(update={"solver": "admm", "iterations": 200})})
+    own, other = (
+        _held_out_objective(learn_dictionary(images, config, seed=0).atoms, images)
+        for config in (CONFIG, admm)
+    )
+    assert own == pytest.approx(other, rel=0.03)
