@@ -37,6 +37,8 @@ class BenchmarkSettings(JobSettings):
     """What to time; all when omitted."""
     sizes: tuple[int, ...] = (32, 64, 128, 224)
     """Sides of the images in pixels; cdl and pipeline take the first alone."""
+    shard: str | None = None
+    """Parquet shard with column `image` whose crops solver and cdl code; default: scikit-learn's photos."""
     peer: Literal["sporco", "none"] = "none"
     """What solver and cdl are compared with; needs acsr-ray[sporco]."""
     bundle: str = DEFAULT_BUNDLE
@@ -103,13 +105,21 @@ def _rows(settings: BenchmarkSettings, device: str, cores: int) -> Iterator[Row]
         atoms = load_bundle(settings.bundle).atoms[0]
         for side in settings.sizes:
             yield benchmark_solver(
-                atoms, side, device=device, peer=settings.peer, cores=cores, repeats=repeats
+                atoms,
+                side,
+                shard=settings.shard,
+                device=device,
+                peer=settings.peer,
+                cores=cores,
+                repeats=repeats,
             )
     if "unrolled" in settings.parts:
         for side in settings.sizes:
             yield from benchmark_unrolled(settings.bundle, side, device=device, repeats=repeats)
     if "cdl" in settings.parts:
-        yield benchmark_cdl(first, device=device, peer=settings.peer, epochs=settings.epochs)
+        yield benchmark_cdl(
+            first, shard=settings.shard, device=device, peer=settings.peer, epochs=settings.epochs
+        )
     if "selection" in settings.parts:
         yield benchmark_selection(settings.bundle, device=device, repeats=repeats)
     if "codec" in settings.parts:

@@ -17,11 +17,12 @@ ITERATIONS = 50
 """Of sparse coding inside sporco; METHOD's figure of its speed has as many."""
 
 
-def benchmark_cdl(side: int, *, device: str, peer: str, epochs: int, seed: int = 0) -> Row:
+def benchmark_cdl(side: int, *, shard: str | None, device: str, peer: str, epochs: int, seed: int = 0) -> Row:
     """Return the row of one size.
 
     Args:
         side: of the images.
+        shard: whose images; scikit-learn's photos when omitted.
         device: `cpu` or `cuda`.
         peer: `sporco` or `none`.
         epochs: passes of the peer, or of ours without one.
@@ -31,8 +32,8 @@ def benchmark_cdl(side: int, *, device: str, peer: str, epochs: int, seed: int =
         ConfigError: ours does not get there in `MOST_EPOCHS` passes.
     """
     count = IMAGES.get(side, max(4, 200 * 32 * 32 // side**2))
-    train = high_bands(count, side, seed).to(device)
-    held_out = high_bands(HELD_OUT.get(side, 4), side, seed + 1).to(device)
+    train = high_bands(count, side, seed, shard).to(device)
+    held_out = high_bands(HELD_OUT.get(side, 4), side, seed + 1, shard).to(device)
     own = CdlConfig(epochs=epochs)
     theirs = own.model_copy(
         update={"backend": "sporco", "code": own.code.model_copy(update={"iterations": ITERATIONS})}

@@ -41,12 +41,15 @@ class Problem:
     """Mean objective."""
 
 
-def benchmark_solver(atoms: Tensor, side: int, *, device: str, peer: str, cores: int, repeats: int) -> Row:
+def benchmark_solver(
+    atoms: Tensor, side: int, *, shard: str | None, device: str, peer: str, cores: int, repeats: int
+) -> Row:
     """Return the row of one size.
 
     Args:
         atoms: (M, C, h, w).
         side: of the images.
+        shard: whose images; scikit-learn's photos when omitted.
         device: `cpu` or `cuda`.
         peer: `sporco` or `none`.
         cores: processes of the peer, and threads of ours.
@@ -59,7 +62,7 @@ def benchmark_solver(atoms: Tensor, side: int, *, device: str, peer: str, cores:
     count = BATCH.get(side, max(2, 32 * 32 * 32 // side**2))
     if device == "cuda":
         count = max(4, GPU_BATCH_PIXELS // side**2)
-    problem = make_problem(atoms, high_bands(count, side))
+    problem = make_problem(atoms, high_bands(count, side, shard=shard))
     config, gap = fit_ours(problem, device)
     solver, images = Cbpdn(atoms.to(device), config), problem.images.to(device)
     with ExitStack() as stack, torch.inference_mode():
