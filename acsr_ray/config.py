@@ -148,13 +148,19 @@ def _field_settings(annotation: Any) -> type[Settings] | None:  # noqa: ANN401
     return None
 
 
+def _flag(model: type[Settings], name: str, prefix: str) -> str:
+    """Return a field's flag; a field may have a flag of another name, where pydantic forbids that name."""
+    given = (getattr(part, "name", None) for part in model.model_fields[name].metadata)
+    return f"--{prefix}{next(filter(None, given), name)}".replace("_", "-")
+
+
 def _flag_names(model: type[Settings], prefix: str = "") -> Iterator[str]:
     for name, field in model.model_fields.items():
         nested = _field_settings(field.annotation)
         if nested:
             yield from _flag_names(nested, f"{prefix}{name}.")
             continue
-        yield f"--{prefix}{name}".replace("_", "-")
+        yield _flag(model, name, prefix)
         if field.annotation is bool:
             yield f"--{prefix}no-{name}".replace("_", "-")
 
@@ -174,7 +180,7 @@ def _flags_of(model: type[Settings], values: Mapping[str, Any], prefix: str = ""
             known = list(model.model_fields)
             raise ConfigError(f"unknown key '{prefix}{key}'{did_you_mean(str(key), known)}")
         nested = _field_settings(model.model_fields[key].annotation)
-        name = f"--{prefix}{key}".replace("_", "-")
+        name = _flag(model, key, prefix)
         if nested and isinstance(value, dict):
             flags += _flags_of(nested, value, f"{prefix}{key}.")
         elif value is None and type(None) not in get_args(model.model_fields[key].annotation):

@@ -34,6 +34,7 @@ class Surrogate:
         """(M, M, 2s, 2s): G, lags modulo 2s."""
         self.patches = np.zeros((count, self.side, self.side, channels), dtype)
         """(M, s, s, C): B."""
+        self._eigenvector: Tensor | None = None
 
     def forget(self, weight: float) -> None:
         """Multiply both sums by a weight."""
@@ -64,7 +65,7 @@ class Surrogate:
         grid = (2 * self.side, 2 * self.side)
         gram = torch.fft.rfft2(torch.from_numpy(self.products)).flatten(2).permute(2, 0, 1).contiguous()
         cross = torch.from_numpy(self.patches).permute(0, 3, 1, 2)
-        lipschitz = _largest_eigenvalue(gram)
+        lipschitz = self._largest_eigenvalue(gram)
         if lipschitz <= 0:
             return atoms
         current = start = atoms.cpu()
@@ -80,6 +81,20 @@ class Surrogate:
         # An atom that no code uses has no slope and stays; projection would only add rounding.
         used = torch.from_numpy(self.usage > 0).view(-1, 1, 1, 1)
         return torch.where(used, current, start).to(atoms)
+
+    def _largest_eigenvalue(self, gram: Tensor) -> float:
+        """Return an upper estimate of the largest eigenvalue over all frequencies, by power iteration.
+
+        The sums change little between two calls, so the first iterates long and the others go on from there.
+        """
+        vector, steps = self._eigenvector, 1
+        if vector is None:
+            vector, steps = gram.sum(-1, keepdim=True), 8
+        for _ in range(steps):
+            vector = gram @ vector
+            vector = vector / vector.norm(dim=1, keepdim=True).clamp(min=1e-20)
+        self._eigenvector = vector
+        return 1.1 * (gram @ vector).norm(dim=1).max().item()
 
 
 def strongest_patches(residuals: Tensor, count: int, side: int) -> Tensor:
@@ -100,15 +115,6 @@ def strongest_patches(residuals: Tensor, count: int, side: int) -> Tensor:
     return torch.stack(patches)
 
 
-def _largest_eigenvalue(gram: Tensor) -> float:
-    """Return an upper estimate of the largest eigenvalue over all frequencies, by power iteration."""
-    vector = gram.sum(-1, keepdim=True)
-    for _ in range(8):
-        vector = gram @ vector
-        vector = vector / vector.norm(dim=1, keepdim=True).clamp(min=1e-20)
-    return 1.1 * (gram @ vector).norm(dim=1).max().item()
-
-
 @compiled
 def _add_image(image: Array, places: Array, values: Array, products: Array, patches: Array) -> None:
     """Add one image (H, W, C) with n entries sorted by pixel to the sums of `Surrogate`."""
@@ -124,13 +130,18 @@ def _add_image(image: Array, places: Array, values: Array, products: Array, patc
         top, left, atom = places[n, 0], places[n, 1], places[n, 2]
         value = values[n]
         for i in range(side):
+            row = (top + i) % height
             for j in range(side):
-                row, column = (top + i) % height, (left + j) % width
+                column = left + j if left + j < width else left + j - width
                 for c in range(channels):
                     patches[atom, i, j, c] += value * image[row, column, c]
         for i in range(1 - side, side):
-            row = (top + i) % height
-            for j in range(1 - side, side):
-                pixel = row * width + (left + j) % width
-                for other in range(begin[pixel], begin[pixel + 1]):
-                    products[atom, places[other, 2], i, j] += value * values[other]
+            start = (top + i) % height * width
+            # Lags along a row reach columns of the image, and those beyond either edge, which are its others.
+            for shift in (0, width, -width):
+                first, last = max(left + 1 - side + shift, 0), min(left + side - 1 + shift, width - 1)
+                if first > last:
+                    continue
+                for other in range(begin[start + first], begin[start + last + 1]):
+                    lag = places[other, 1] - left - shift
+                    products[atom, places[other, 2], i, lag] += value * values[other]
