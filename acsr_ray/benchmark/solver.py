@@ -1,8 +1,9 @@
 """CBPDN beside sporco, both stopped as soon as their mean objective is within 1 % of the optimum.
 
 The optimum is what coordinate descent reaches at a violation of 1e-3 lmbda in float64, which is below what
-1,000 iterations of ADMM reach. sporco runs with its own adaptive rho and with the fixed one of our ADMM, as
-one batch on all cores and as one process per core; its fastest counts, and of its time only `solve`.
+1,000 iterations of ADMM reach. sporco runs with its own adaptive rho and with the fixed one of our ADMM,
+and of its time only `solve` counts. Either side runs as one batch on all cores and as one process per core;
+the faster counts.
 """
 
 import time
@@ -67,6 +68,9 @@ def benchmark_solver(
     solver, images = Cbpdn(atoms.to(device), config), problem.images.to(device)
     with ExitStack() as stack, torch.inference_mode():
         sides: dict[str, Side] = {"ours": timed(lambda: solver.reconstruct(images), device)}
+        if device == "cpu" and cores > 1:
+            own = [(atoms, part, config) for part in images.chunk(cores)]
+            sides["ours, processes"] = stack.enter_context(in_processes(our_side, own))
         if peer == "sporco":
             iterations, rho = fit_sporco(problem, device)
             name = f"sporco, {'adaptive' if rho is None else f'rho {rho:g}'}, {iterations} iterations"
@@ -75,7 +79,7 @@ def benchmark_solver(
                 parts = [(problem.atoms, part, 0.1, iterations, rho, 1) for part in images.chunk(cores)]
                 sides[f"{name}, {cores} processes"] = stack.enter_context(in_processes(sporco_side, parts))
         seconds = alternate(sides, repeats)
-    ours = seconds.pop("ours") / count
+    ours = min(seconds.pop(name) for name in list(seconds) if name.startswith("ours")) / count
     fastest = min(seconds, key=lambda name: seconds[name], default="")
     flop, moved = count_work(problem, config, device)
     stopped = f"{config.rounds} rounds" if device == "cpu" else f"{config.iterations} iterations"
@@ -91,6 +95,17 @@ def benchmark_solver(
         bytes=moved,
         note=f"{100 * gap:.2f} % above the optimum",
     )
+
+
+def our_side(atoms: Tensor, images: Tensor, config: CbpdnConfig) -> Side:
+    """Return a side that codes a batch on one core."""
+    solver = Cbpdn(atoms, config)
+
+    @torch.inference_mode()
+    def work() -> None:
+        solver.reconstruct(images)
+
+    return timed(work)
 
 
 def make_problem(atoms: Tensor, images: Tensor, lmbda: float = 0.1) -> Problem:

@@ -46,9 +46,9 @@ class CdlConfig(Described):
     """Passes over the images."""
     batch_size: int = Field(8, ge=1)
     """Images per mini-batch."""
-    update_steps: int = Field(8, ge=1)
+    update_steps: int = Field(12, ge=1)
     """FISTA steps per dictionary update."""
-    forgetting: float = Field(5.0, ge=0)
+    forgetting: float = Field(10.0, ge=0)
     """Exponent p of the weight (1 - 1/t)^p of the past at update t; 0 forgets nothing. Online only."""
     backend: Literal["acsr", "sporco"] = "acsr"
     """Learner; `sporco` takes gradient steps without update_steps and forgetting, and needs CuPy on a GPU."""
