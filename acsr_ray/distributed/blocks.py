@@ -6,11 +6,13 @@ from typing import Any
 
 import pyarrow as pa
 import ray
-from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
+from ray.data import ActorPoolStrategy, Dataset
 
 from acsr_ray.columns import UNIT
 from acsr_ray.corpus.units import Unit
-from acsr_ray.distributed.runtime import StageShares
+
+Stage = tuple[Callable[..., Callable[[pa.Table], pa.Table]], dict[str, Any]]
+"""Class of a stage and its constructor's arguments."""
 
 
 def unit_blocks(units: Sequence[Unit]) -> Dataset:
@@ -28,31 +30,39 @@ def unit_blocks(units: Sequence[Unit]) -> Dataset:
     return ray.data.from_items(rows, override_num_blocks=len(rows))
 
 
-def map_in_tasks(blocks: Dataset, stage: Callable[[pa.Table], pa.Table], shares: StageShares) -> Dataset:
-    """Apply a stage without state to every block, in short-lived tasks."""
-    return blocks.map_batches(
-        stage,
-        batch_size=None,
-        batch_format="pyarrow",
-        num_cpus=shares.task_cpus,
-        compute=TaskPoolStrategy(shares.tasks),
-    )
+class StageChain:
+    """Stages of one actor, each applied to what the one before it returned.
+
+    Args:
+        stages: class and constructor's arguments of each; they are made where the actor runs.
+    """
+
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        self.stages = [make(**options) for make, options in stages]
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Pass a table through all stages."""
+        for stage in self.stages:
+            table = stage(table)
+        return table
 
 
 def map_in_actors(
     blocks: Dataset,
-    stage: type[Callable[[pa.Table], pa.Table]],
-    options: dict[str, Any],
-    *,
+    *stages: Stage,
     actors: int,
     cpus: float,
     gpus: float = 0.0,
 ) -> Dataset:
-    """Apply a stage that loads a model to every block, in a pool of actors of fixed size."""
+    """Apply stages to every block, in a pool of actors of fixed size.
+
+    Actors also for stages without a model: beside as many actors as CPUs, Ray ends every idle worker within
+    a second, and a task that needs a new one pays for its imports, several seconds.
+    """
     # Not map_batches: with GPUs it insists on a number of rows per call, and a call here is a whole block.
     return blocks.map_batches_internal(
-        stage,
-        fn_constructor_kwargs=options,
+        StageChain,
+        fn_constructor_kwargs={"stages": stages},
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=cpus,

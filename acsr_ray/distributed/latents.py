@@ -19,7 +19,7 @@ from acsr_ray.config import Device
 from acsr_ray.corpus.images import DecodeLimits
 from acsr_ray.corpus.sources import CorpusError
 from acsr_ray.corpus.units import Unit, plan_units
-from acsr_ray.distributed.blocks import map_in_actors, map_in_tasks, unit_blocks
+from acsr_ray.distributed.blocks import map_in_actors, unit_blocks
 from acsr_ray.distributed.runtime import RaySettings, share_resources
 from acsr_ray.models.classifier import encode, load_classifier
 from acsr_ray.purification.stages import DecodeImages, ReadUnits, batches_by_size
@@ -194,17 +194,23 @@ def _encode(
     units: list[Unit], classifier: Path, kind: str, device: Device, settings: RaySettings, folder: Path
 ) -> None:
     shares = share_resources(device, settings, len(units))
-    read = map_in_tasks(unit_blocks(units), ReadUnits(), shares)
+    decoded = map_in_actors(
+        unit_blocks(units),
+        (ReadUnits, {}),
+        (DecodeImages, {"image_column": IMAGE, "limits": DecodeLimits()}),
+        actors=shares.codec_actors,
+        cpus=shares.codec_cpus,
+    )
+    options = {
+        "classifier": str(classifier.resolve()),
+        "kind": kind,
+        "device": shares.device,
+        "threads": settings.threads_per_actor,
+        "folder": str(folder),
+    }
     encoded = map_in_actors(
-        map_in_tasks(read, DecodeImages(IMAGE, DecodeLimits()), shares),
-        EncodeLatents,
-        {
-            "classifier": str(classifier.resolve()),
-            "kind": kind,
-            "device": shares.device,
-            "threads": settings.threads_per_actor,
-            "folder": str(folder),
-        },
+        decoded,
+        (EncodeLatents, options),
         actors=shares.purify_actors,
         cpus=shares.purify_cpus,
         gpus=shares.purify_gpus,

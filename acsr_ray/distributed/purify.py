@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from acsr_ray.corpus.images import DecodeLimits
 from acsr_ray.corpus.ledger import Ledger, Receipt, total
 from acsr_ray.corpus.sources import CorpusError, absolute_uri
 from acsr_ray.corpus.units import Unit, plan_units
-from acsr_ray.distributed.blocks import map_in_actors, map_in_tasks, unit_blocks
+from acsr_ray.distributed.blocks import Stage, map_in_actors, unit_blocks
 from acsr_ray.distributed.runtime import (
     RaySettings,
     StageShares,
@@ -142,7 +142,13 @@ def purify_corpus(settings: PurifyCorpusSettings) -> dict[str, Any]:
     logger.info("%d units, %d finished before", len(units), len(finished))
     started = time.perf_counter()
     if pending:
-        writer = WriteUnits(output, fingerprint, settings.image_column, settings.keep_original, superseded)
+        writer = {
+            "output": output,
+            "fingerprint": fingerprint,
+            "image_column": settings.image_column,
+            "keep_original": settings.keep_original,
+            "parked": superseded,
+        }
         _run(settings, pending, writer)
     elapsed = time.perf_counter() - started
     receipts = [ledger.receipt(name) for name in names]
@@ -176,7 +182,7 @@ def _local_output(output: str, source: str) -> str:
     return path
 
 
-def _run(settings: PurifyCorpusSettings, units: list[Unit], writer: WriteUnits) -> None:
+def _run(settings: PurifyCorpusSettings, units: list[Unit], writer: dict[str, Any]) -> None:
     with ray_session(settings.ray):
         shares = share_resources(settings.device, settings.ray, len(units))
         logger.info("batch size %d, %s", settings.batch_size, shares)
@@ -203,7 +209,7 @@ def _published_rows(pipeline: Dataset) -> Iterator[int]:
 def build_pipeline(
     settings: PurifyCorpusSettings,
     units: list[Unit],
-    writer: WriteUnits,
+    writer: dict[str, Any],
     shares: StageShares,
 ) -> Dataset:
     """Return the lazy pipeline from units to one row (name, rows) per published unit."""
@@ -216,37 +222,39 @@ def build_pipeline(
         "batch_size": settings.batch_size,
         "options": settings.options,
     }
-    read = map_in_tasks(unit_blocks(units), ReadUnits(), shares)
-    decoded = map_in_tasks(read, DecodeImages(settings.image_column, settings.decode), shares)
-    encoded = map_in_actors(
-        decoded,
-        EncodeImages,
-        model,
-        actors=shares.encode_actors,
-        cpus=shares.encode_cpus,
-        gpus=shares.encode_gpus,
+    decoded = map_in_actors(
+        unit_blocks(units),
+        (ReadUnits, {}),
+        (DecodeImages, {"image_column": settings.image_column, "limits": settings.decode}),
+        actors=shares.codec_actors,
+        cpus=shares.codec_cpus,
     )
-    selected = map_in_actors(
-        encoded,
-        SelectClusters,
-        {"bundle": bundle, "threads": threads, "options": settings.options},
-        actors=1,
-        cpus=shares.select_cpus,
-    )
-    purify: tuple[type[Callable[[pa.Table], pa.Table]], dict[str, Any]] = (PurifyImages, model)
+    encode: Stage = (EncodeImages, model)
+    select: Stage = (SelectClusters, {"bundle": bundle, "threads": threads, "options": settings.options})
+    purify: Stage = (PurifyImages, model)
     if settings.doubt is not None:
         # Workers have other working directories.
         target = settings.target and absolute_location(settings.target)
         doubt = str(Path(settings.doubt).resolve())
         purify = PurifyWithDoubt, {"purify": model, "doubt": doubt, "target": target}
+    if shares.encode_actors:
+        encoded = map_in_actors(
+            decoded,
+            encode,
+            actors=shares.encode_actors,
+            cpus=shares.encode_cpus,
+            gpus=shares.encode_gpus,
+        )
+        selected = map_in_actors(encoded, select, actors=1, cpus=shares.select_cpus)
+        stages, cpus = [purify], shares.purify_cpus
+    else:
+        selected, stages = decoded, [encode, select, purify]
+        cpus = shares.encode_cpus + shares.purify_cpus
     purified = map_in_actors(
-        selected,
-        *purify,
-        actors=shares.purify_actors,
-        cpus=shares.purify_cpus,
-        gpus=shares.purify_gpus,
+        selected, *stages, actors=shares.purify_actors, cpus=cpus, gpus=shares.purify_gpus
     )
-    return map_in_tasks(purified, writer, shares)
+    write: Stage = (WriteUnits, writer)
+    return map_in_actors(purified, write, actors=shares.codec_actors, cpus=shares.codec_cpus)
 
 
 def _summary(
