@@ -82,7 +82,7 @@ class PurifyCorpusSettings(JobSettings):
     """Build a corpus and a bundle from scikit-learn's digits, attack, purify, and write a report."""
     image_column: str = IMAGE
     """Column with the images: a struct {bytes, path} or plain binary."""
-    unit_rows: int = Field(250, ge=1)
+    unit_rows: int = Field(256, ge=1)
     """Most rows per unit, which is what a rerun skips or redoes as a whole."""
     unit_megabytes: float = Field(32.0, gt=0)
     """Decoded MiB aimed at per unit; units of large images have fewer rows."""

@@ -117,12 +117,17 @@ class EncodeImages:
     @torch.inference_mode()
     def __call__(self, table: pa.Table) -> pa.Table:
         """Add the latent of every decoded row, null elsewhere."""
-        latents: list[NDArray[Any] | None] = [None] * table.num_rows
+        parts, order = [], []
         for rows, images in batches_by_size(table, self.batch_size):
-            encoded = self.purifier.latents(images.to(self.purifier.device)).cpu().numpy()
-            for row, latent in zip(rows, encoded, strict=True):
-                latents[row] = latent
-        return table.append_column(LATENT, pa.array(latents, pa.list_(pa.float32())))
+            parts.append(self.purifier.latents(images.to(self.purifier.device)).cpu().numpy())
+            order += rows
+        position: list[int | None] = [None] * table.num_rows
+        for place, row in enumerate(order):
+            position[row] = place
+        values = np.concatenate(parts) if parts else np.zeros((0, 1), np.float32)
+        ends = np.arange(len(values) + 1, dtype=np.int32) * values.shape[1]
+        latents = pa.ListArray.from_arrays(pa.array(ends), pa.array(values.reshape(-1)))
+        return table.append_column(LATENT, latents.take(pa.array(position, pa.int64())))
 
 
 class SelectClusters:
@@ -136,9 +141,9 @@ class SelectClusters:
     def __call__(self, table: pa.Table) -> pa.Table:
         """Add the chosen cluster of every row that has a latent, null elsewhere."""
         rows = np.flatnonzero(table[LATENT].is_valid().to_numpy())
-        latents = np.array(table[LATENT].take(rows).to_pylist(), np.float32)
+        latents = table[LATENT].take(rows).combine_chunks().flatten().to_numpy()
         count = len(self.purifier.gaussians.mean[0])
-        chosen = self.purifier.select(torch.from_numpy(latents.reshape(-1, count)))
+        chosen = self.purifier.select(torch.tensor(latents).view(-1, count))
         gaussians = self.purifier.gaussians
         for name, kind, values in (
             (INDEX, pa.list_(pa.int32()), chosen.candidates),
@@ -182,11 +187,11 @@ class PurifyImages:
             distance = torch.tensor([distances[row] for row in rows]).to(self.purifier.device)
             selection = Selection(nearest[:, 0], distance, nearest)
             outcome = self.purifier.reconstruct(images.to(self.purifier.device), selection)
-            for position, row in enumerate(rows):
-                image = outcome.images[position].cpu().numpy()
-                pixels[row] = to_pixels(image).tobytes()
-                residual[row] = outcome.residual[position].item()
-                if not outcome.solved[position]:
+            purified = to_pixels(outcome.images.cpu().numpy())
+            columns = (rows, purified, outcome.residual.tolist(), outcome.solved.tolist())
+            for row, image, change, solved in zip(*columns, strict=True):
+                pixels[row], residual[row] = image.tobytes(), change
+                if not solved:
                     reasons[row] = "solver_fallback"
         table = _replace(table, PIXELS, pa.array(pixels, pa.large_binary()))
         table = _replace(table, REASON, pa.array(reasons, pa.string()))
