@@ -85,6 +85,24 @@ def test_purifiers_fit_the_cards_beside_all_encoders(gpus, actors, cluster):
     assert min(shares.encode_gpus, shares.purify_gpus) >= 0.001
 
 
+@pytest.mark.parametrize("nodes", [[(1, 0)], [(2, 0)], [(3, 0)], [(64, 0)], [(2, 1)], [(16, 1)], [(96, 8)]])
+@pytest.mark.parametrize("units", [1, 5, 1000])
+def test_all_stages_of_a_purification_fit_at_the_same_time(nodes, units, cluster):
+    cluster(*nodes)
+    shares = share_resources("auto", RaySettings(), units)
+    ((cpus, gpus),) = nodes
+    if gpus:
+        assert (shares.encode_actors, shares.purify_actors) == (min(gpus, units),) * 2
+        pools = shares.encode_actors * shares.encode_cpus + shares.purify_actors * shares.purify_cpus
+        pools += shares.select_cpus
+    else:
+        assert (shares.encode_actors, shares.purify_actors) == (0, min(cpus, units))
+        pools = shares.purify_actors * (shares.encode_cpus + shares.purify_cpus)
+    assert 1 <= shares.codec_actors <= units
+    assert pools + 2 * shares.codec_actors * shares.codec_cpus <= cpus
+    assert min(shares.codec_cpus, shares.purify_cpus) > 0
+
+
 def test_a_task_that_no_node_holds_is_refused(cluster):
     cluster((0, 0), (4, 1), (8, 0))
     check_task("k-means", 8, 0)

@@ -252,3 +252,23 @@ def test_the_loaded_weights_are_the_bundles(bundles):
         assert loaded.state_dict().keys() == bundle.reconstruction.keys()
         for name, tensor in loaded.state_dict().items():
             assert torch.equal(tensor, bundle.reconstruction[name]), name
+
+
+def test_bfloat16_moves_pixels_little_and_only_by_the_image(bundles, batch):
+    plain, half = (
+        Purifier.load(bundles["global"], options=PurifyOptions(precision=precision))
+        for precision in ("float32", "bfloat16")
+    )
+    images = batch(20, seed=9)
+    outcome = half.purify(images)
+    assert outcome.images.dtype == torch.float32
+    change = (outcome.images - plain.purify(images).images).abs().max().item()
+    assert 0 < change < 4 / 255
+    assert torch.equal(outcome.class_id, plain.purify(images).class_id)
+    assert_same_bits(outcome, joined([half.purify(part) for part in images.split(3)]))
+
+
+def test_precision_is_part_of_a_runs_identity(bundles):
+    config = load_bundle(bundles["global"]).config
+    assert config.changed(PurifyOptions(precision="float32")) == config.changed(PurifyOptions())
+    assert config.changed(PurifyOptions(precision="bfloat16"))["precision"] == "bfloat16"
