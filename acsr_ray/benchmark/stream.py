@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psutil
-import ray
 import torch
 
 from acsr_ray.benchmark.pictures import crops, images
@@ -24,6 +23,7 @@ from acsr_ray.purification.purifier import Purifier
 SHARD_ROWS = 5000
 BATCH = 64
 SAMPLE_SECONDS = 1.0
+SHARED_MEMORY = "/dev/shm"
 DISTINCT = 2000
 """Images drawn; shards repeat them, for drawing takes longer than purifying would wait."""
 
@@ -99,8 +99,8 @@ def purifier_side(bundle: str, side: int, count: int, reconstruction: Reconstruc
 def watched_memory() -> Iterator[dict[str, float]]:
     """Yield a dict that, afterwards, holds the largest MiB of the driver, any worker and the object store.
 
-    The driver is this process, workers are its descendants; the object store is what the local Ray says is
-    in use.
+    The driver is this process, workers are its descendants; the object store is what lies in shared memory,
+    where a local Ray keeps it on Linux.
     """
     largest = {"driver": 0.0, "worker": 0.0, "object store": 0.0}
     stop = threading.Event()
@@ -115,10 +115,7 @@ def watched_memory() -> Iterator[dict[str, float]]:
                         _note(largest, "worker", child.memory_info().rss)
                 except psutil.NoSuchProcess:
                     continue
-            if ray.is_initialized():
-                total, left = ray.cluster_resources(), ray.available_resources()
-                used = total.get("object_store_memory", 0.0) - left.get("object_store_memory", 0.0)
-                _note(largest, "object store", used)
+            _note(largest, "object store", psutil.disk_usage(SHARED_MEMORY).used)
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
