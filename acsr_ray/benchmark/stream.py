@@ -108,11 +108,11 @@ def watched_memory() -> Iterator[dict[str, float]]:
     def watch() -> None:
         own = psutil.Process()
         while not stop.wait(SAMPLE_SECONDS):
-            _note(largest, "driver", own.memory_info().rss)
+            _note(largest, "driver", _own_memory(own))
             for child in own.children(recursive=True):
                 try:
                     if child.name().startswith("ray::"):
-                        _note(largest, "worker", child.memory_info().rss)
+                        _note(largest, "worker", _own_memory(child))
                 except psutil.NoSuchProcess:
                     continue
             _note(largest, "object store", psutil.disk_usage(SHARED_MEMORY).used)
@@ -124,6 +124,12 @@ def watched_memory() -> Iterator[dict[str, float]]:
     finally:
         stop.set()
         watcher.join()
+
+
+def _own_memory(process: psutil.Process) -> int:
+    """Return the bytes of a process without what it shares, which is the object store above all."""
+    memory = process.memory_info()
+    return int(memory.rss - memory.shared)
 
 
 def _note(largest: dict[str, float], what: str, size: float) -> None:
