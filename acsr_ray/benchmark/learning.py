@@ -32,8 +32,8 @@ def benchmark_cdl(side: int, *, shard: str | None, device: str, peer: str, epoch
         ConfigError: ours does not get there in `MOST_EPOCHS` passes.
     """
     count = IMAGES.get(side, max(4, 200 * 32 * 32 // side**2))
-    train = high_bands(count, side, seed, shard).to(device)
-    held_out = high_bands(HELD_OUT.get(side, 4), side, seed + 1, shard).to(device)
+    train = high_bands(count, side, seed, shard, "train").to(device)
+    held_out = high_bands(HELD_OUT.get(side, 4), side, seed + 1, shard, "held out").to(device)
     own = CdlConfig(epochs=epochs)
     theirs = own.model_copy(
         update={"backend": "sporco", "code": own.code.model_copy(update={"iterations": ITERATIONS})}

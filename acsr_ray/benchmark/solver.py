@@ -74,9 +74,9 @@ def benchmark_solver(
         if peer == "sporco":
             iterations, rho = fit_sporco(problem, device)
             name = f"sporco, {'adaptive' if rho is None else f'rho {rho:g}'}, {iterations} iterations"
-            sides[f"{name}, batch"] = sporco_side(problem.atoms, images, 0.1, iterations, rho, cores)
+            sides[f"{name}, batch"] = sporco_side(atoms, images, problem.lmbda, iterations, rho, cores)
             if device == "cpu":
-                parts = [(problem.atoms, part, 0.1, iterations, rho, 1) for part in images.chunk(cores)]
+                parts = [(atoms, part, problem.lmbda, iterations, rho, 1) for part in images.chunk(cores)]
                 sides[f"{name}, {cores} processes"] = stack.enter_context(in_processes(sporco_side, parts))
         seconds = alternate(sides, repeats)
     ours = min(seconds.pop(name) for name in list(seconds) if name.startswith("ours")) / count

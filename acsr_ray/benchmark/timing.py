@@ -63,6 +63,7 @@ def in_processes(make: Callable[..., Side], payloads: Sequence[tuple[Any, ...]])
             pipes.append(ours)
         for pipe in pipes:
             pipe.recv()
+        _restore(before)
 
         def run() -> float:
             for pipe in pipes:
@@ -71,15 +72,19 @@ def in_processes(make: Callable[..., Side], payloads: Sequence[tuple[Any, ...]])
 
         yield run
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        _restore(before)
         for pipe in pipes:
             pipe.close()
         for worker in workers:
             worker.join()
+
+
+def _restore(before: Mapping[str, str | None]) -> None:
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def _serve(pipe: Connection, make: Callable[..., Side], payload: tuple[Any, ...]) -> None:

@@ -62,9 +62,8 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
 class StageShares:
     """Fractional resources of each stage, chosen so that all of them fit at the same time.
 
-    An actor pool keeps its CPUs while it lives; without a remainder for the tasks that read and write, a
-    small machine would stand still. Without GPUs, each purification actor also encodes and selects, with
-    the CPUs of both stages.
+    An actor pool keeps its CPUs while it lives: did they not all fit, a small machine would stand still.
+    Without GPUs, each purification actor also encodes and selects, with the CPUs of both stages.
     """
 
     device: str

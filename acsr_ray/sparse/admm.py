@@ -34,6 +34,9 @@ another algorithm for another number of images, and an image must not depend on 
 Measured on CPU, 2 images cost as little each as 8, and one alone twice as much.
 """
 
+MIXED_MICRO_BATCH = {"cpu": 2, "cuda": 8}
+"""The same where a batch's images have many dictionaries, so that few images of each come together."""
+
 
 @dataclass(frozen=True)
 class _Factor:
@@ -59,9 +62,13 @@ class Admm:
         rho: penalty.
         relaxation: a.
         iterations: how many.
+        alone: whether all images of a call have this dictionary; else only some do.
     """
 
-    def __init__(self, atoms: Tensor, rho: float, relaxation: float, iterations: int) -> None:
+    def __init__(
+        self, atoms: Tensor, rho: float, relaxation: float, iterations: int, *, alone: bool = True
+    ) -> None:
+        self.micro_batch = MICRO_BATCH if alone else MIXED_MICRO_BATCH
         self.atoms = atoms
         self.rho = rho
         self.relaxation = relaxation
@@ -79,7 +86,7 @@ class Admm:
             start: maps to start from.
             with_maps: whether to return them; they take M / C times the memory of the images.
         """
-        size = MICRO_BATCH[signal.device.type] if math.prod(signal.shape[2:]) <= SMALL_PIXELS else 1
+        size = self.micro_batch[signal.device.type] if math.prod(signal.shape[2:]) <= SMALL_PIXELS else 1
         parts = []
         for rows in torch.arange(len(signal), device=signal.device).split(size):
             missing = size - len(rows)

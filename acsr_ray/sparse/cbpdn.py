@@ -31,7 +31,8 @@ class CbpdnConfig(Described):
     """Weight of the l1 term for images in [0, 1]."""
     solver: Literal["auto", "admm", "descent"] = "auto"
     """`descent`: coordinate descent to a tolerance, on CPUs; `admm`: fixed iterations, on any device; `auto`:
-    descent on a CPU, else ADMM."""
+    descent on a CPU, else ADMM. The two end a little apart: name one where CPUs and GPUs must give the same
+    pixels."""
     iterations: int = Field(60, ge=1)
     """Iterations of ADMM."""
     rho: float | None = Field(None, gt=0)
@@ -103,7 +104,8 @@ class Cbpdn:
         self.config = config
         self._dictionaries = atoms[None] if atoms.ndim == 4 else atoms
         settings = (config.penalty, config.relaxation, config.iterations)
-        self._admm = [Admm(own, *settings) for own in self._dictionaries]
+        alone = len(self._dictionaries) == 1
+        self._admm = [Admm(own, *settings, alone=alone) for own in self._dictionaries]
         self._patches: dict[tuple[int, torch.dtype], PatchDictionary] = {}
 
     def solve(
@@ -117,13 +119,14 @@ class Cbpdn:
         """Sparse-code a batch; differentiable in it and in the strength.
 
         Args:
-            highpass: (N, C, H, W), float32 or float64, with the atoms' C; computed in its dtype.
+            highpass: (N >= 1, C, H, W), float32 or float64, with the atoms' C; computed in its dtype.
             strength: (N,) factor on each image's lmbda; 1 when omitted.
             index: (N,) int64, each image's dictionary; the first when omitted.
             start: maps (N, M, H', W') to start from, as an earlier result has them.
 
         Raises:
             ValueError: wrong shape, channels or device.
+            IndexError: no such dictionary.
         """
         signal, lmbda = self._prepare(highpass, strength)
         if self._descends(highpass):
@@ -139,25 +142,28 @@ class Cbpdn:
         return CbpdnResult(maps, self._cut(whole, highpass), objective)
 
     @torch.no_grad()
-    def code(self, highpass: Tensor, start: Sequence[Entries] | None = None) -> CodedBatch:
+    def code(
+        self, highpass: Tensor, start: Sequence[Entries] | None = None, *, index: Tensor | None = None
+    ) -> CodedBatch:
         """Sparse-code a batch to entries, which take a hundredth of the memory of maps.
 
         Args:
-            highpass: (N, C, H, W), see `solve`.
+            highpass: (N >= 1, C, H, W), see `solve`.
             start: entries of each image to start from.
+            index: as for `solve`.
 
         Raises:
             ValueError: as `solve`.
         """
         signal, lmbda = self._prepare(highpass, None)
         if self._descends(highpass):
-            codes, values = self._descend(signal, lmbda, None, start)
+            codes, values = self._descend(signal, lmbda, index, start)
             entries, whole = codes.entries, codes.synthesise(values)
             size = torch.tensor([abs(own.values).sum() for own in entries]).to(signal)
         else:
-            shape = (len(self.atoms), *signal.shape[2:])
+            shape = (self.atoms.shape[-4], signal.shape[2], signal.shape[3])
             dense = None if start is None else torch.stack([own.maps(shape) for own in start]).to(signal)
-            whole, maps = self._iterate(signal, lmbda, None, dense)
+            whole, maps = self._iterate(signal, lmbda, index, dense)
             entries = [Entries.of_maps(own) for own in maps.cpu().numpy()]
             size = maps.abs().sum((1, 2, 3))
         objective = 0.5 * (whole - signal).square().sum((1, 2, 3)) + lmbda * size
@@ -184,8 +190,8 @@ class Cbpdn:
     def _prepare(self, highpass: Tensor, strength: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the padded signal and each image's lmbda (N,)."""
         _, channels, *support = self.atoms.shape[-4:]
-        if highpass.ndim != 4 or highpass.shape[1] != channels:
-            raise ValueError(f"highpass must be (N, {channels}, H, W), got {tuple(highpass.shape)}")
+        if highpass.ndim != 4 or highpass.shape[1] != channels or not len(highpass):
+            raise ValueError(f"highpass must be (N >= 1, {channels}, H, W), got {tuple(highpass.shape)}")
         signal = pad_symmetrically(highpass, self.config.padding)
         # An image smaller than an atom gets zeros to the right and below, and loses them again.
         height, width = signal.shape[2:]
@@ -202,7 +208,7 @@ class Cbpdn:
         self, signal: Tensor, lmbda: Tensor, index: Tensor | None, start: Sequence[Entries] | None
     ) -> tuple[Codes, Tensor]:
         chosen = [0] * len(signal) if index is None else index.tolist()
-        dictionaries = [self._patch_dictionary(k, signal.dtype) for k in chosen]
+        dictionaries = [self._patch_dictionary(k, signal.dtype) for k in self._checked(chosen)]
         return sparse_code(
             signal,
             lmbda,
@@ -211,6 +217,12 @@ class Cbpdn:
             rounds=self.config.rounds,
             start=start,
         )
+
+    def _checked(self, chosen: list[int]) -> list[int]:
+        count = len(self._dictionaries)
+        if min(chosen) < 0 or max(chosen) >= count:
+            raise IndexError(f"index must be in 0..{count - 1}, got {min(chosen)} to {max(chosen)}")
+        return chosen
 
     def _patch_dictionary(self, k: int, dtype: torch.dtype) -> PatchDictionary:
         if (k, dtype) not in self._patches:
@@ -230,7 +242,7 @@ class Cbpdn:
         if index is None:
             return self._admm[0].solve(signal, lmbda, start, with_maps=with_maps)
         positions, parts = [], []
-        for k in index.unique().tolist():
+        for k in self._checked(index.unique().tolist()):
             rows = (index == k).nonzero()[:, 0]
             own = None if start is None else start[rows]
             parts.append(self._admm[k].solve(signal[rows], lmbda[rows], own, with_maps=with_maps))

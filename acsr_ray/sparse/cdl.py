@@ -23,7 +23,8 @@ from acsr_ray.sparse.prox import project_atoms
 from acsr_ray.sparse.surrogate import Surrogate, strongest_patches
 
 DEAD_SHARE = 1e-3
-"""An atom whose codes have less energy than this share of the mean counts as dead after a pass."""
+"""An atom whose codes, as far as they are remembered, have less energy than this share of the mean counts
+as dead after a pass, and is replaced before the next."""
 
 
 class CdlConfig(Described):
@@ -148,7 +149,8 @@ def _learn(highpass: Tensor, atoms: Tensor, config: CdlConfig, generator: torch.
                 atoms = surrogate.minimise(atoms, mask, config.update_steps)
         if not online:
             atoms = surrogate.minimise(atoms, mask, config.update_steps)
-        atoms = _revive(atoms, surrogate, batch - coded.reconstruction, mask)
+        if epoch + 1 < config.epochs:
+            atoms = _revive(atoms, surrogate, batch - coded.reconstruction, mask)
     return CdlResult(atoms, tuple(objective))
 
 
@@ -156,13 +158,17 @@ def _revive(atoms: Tensor, surrogate: Surrogate, residuals: Tensor, mask: Tensor
     """Replace dead atoms by the strongest patches of what is left of some images."""
     usage = surrogate.usage
     dead = (usage < DEAD_SHARE * usage.mean()).nonzero()[0].tolist()
-    patches = strongest_patches(residuals, len(dead), atoms.shape[-1]) if dead else atoms[:0]
-    dead = dead[: len(patches)]
     if not dead:
         return atoms
-    surrogate.drop(dead)
+    patches = strongest_patches(residuals, len(dead), atoms.shape[-1])
+    dead = dead[: len(patches)]
+    found = project_atoms(patches, mask[dead].to(patches.device))
     revived = atoms.clone()
-    revived[dead] = project_atoms(patches, mask[dead].to(patches.device))
+    for m, atom in zip(dead, found, strict=True):
+        # A flat patch has no atom in it; the dead one then waits for the next pass.
+        if atom.norm() > 0:
+            surrogate.drop([m])
+            revived[m] = atom
     return revived
 
 

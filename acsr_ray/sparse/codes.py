@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from acsr_ray.sparse.descent import Array, Entries, PatchDictionary, descend
 
@@ -98,6 +99,7 @@ class _Values(torch.autograd.Function):
         return torch.from_numpy(np.concatenate([part.values for part in codes.entries]))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # noqa: ANN401
         codes: Codes = ctx.codes
         targets = codes.split(gradient)
@@ -127,6 +129,7 @@ class _Synthesise(torch.autograd.Function):
         return torch.stack([own.unwrapped(own.synthesise(part, codes.size)) for own, part in parts])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
         codes: Codes = ctx.codes
         parts = [
@@ -150,7 +153,11 @@ def _least_squares(dictionary: PatchDictionary, target: Entries, size: tuple[int
         if energy <= enough:
             break
         image = apply(direction)
-        step = values.dtype.type(energy / float(direction @ image))
+        curvature = float(direction @ image)
+        if curvature <= 0:
+            # Atoms that depend on each other: there is no more to gain along them.
+            break
+        step = values.dtype.type(energy / curvature)
         values += step * direction
         residual -= step * image
         before, energy = energy, float(residual @ residual)

@@ -162,6 +162,7 @@ def descend(
     if len(entries):
         residual = residual - dictionary.synthesise(entries, (height, width))
     search = _Search(dictionary, residual)
+    search.finite = bool(np.isfinite(weight))
     change = np.inf
     for turn in range(rounds):
         if turn:

@@ -295,6 +295,9 @@ def _vector_steps(height: int, row: int) -> tuple[Callable[..., Any], Callable[.
 
         return signature, generate
 
+    # By name, not by a number drawn anew in each process, or machine code on disk would never be found again.
+    patch_product._set_uuid(f"acsr-patch-product-{height}-{row}")
+    patch_update._set_uuid(f"acsr-patch-update-{height}-{row}")
     return patch_product, patch_update
 
 

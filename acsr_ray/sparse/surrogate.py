@@ -83,7 +83,7 @@ class Surrogate:
         return torch.where(used, current, start).to(atoms)
 
     def _largest_eigenvalue(self, gram: Tensor) -> float:
-        """Return an upper estimate of the largest eigenvalue over all frequencies, by power iteration.
+        """Return an estimate of the largest eigenvalue of all frequencies, by power iteration, and a tenth.
 
         The sums change little between two calls, so the first iterates long and the others go on from there.
         """

@@ -2,10 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
+from acsr_ray.benchmark import learning, pictures
 from acsr_ray.benchmark.job import BenchmarkSettings, benchmark
+from acsr_ray.benchmark.learning import benchmark_cdl
 from acsr_ray.benchmark.pictures import crops
 from acsr_ray.benchmark.report import Ceilings, Row, to_table
 from acsr_ray.config import ConfigError
@@ -29,9 +32,9 @@ def test_parts_become_a_table_and_json(tmp_path, capsys):
     assert [row["part"] for row in content["rows"]] == ["unrolled"] * 3 + ["selection"] + ["codec"] * 2
     for row in content["rows"]:
         assert row["images_per_second"] == pytest.approx(1 / row["seconds"])
-        if row["peer"]:
+        if row["what"] != "encoder":
             assert row["ratio"] == pytest.approx(row["peer_seconds"] / row["seconds"])
-        if row["flop"]:
+        if row["what"] == "network, float32":
             share = row["flop"] / row["seconds"] / content["ceilings"]["flops"]
             assert row["share_of_matmul"] == pytest.approx(share)
     # 1e8 images in 8 hours, by encoder and network of one core.
@@ -63,8 +66,34 @@ def test_images_come_from_the_photos_or_a_shard(tmp_path):
     shard = tmp_path / "a.parquet"
     write_shard(shard, pixels, torch.zeros(4, dtype=torch.int64).numpy(), tuple("abcd"), ("photo",))
     assert (crops(4, 20, shard=str(shard)) == pixels).all()
+    train, held_out = (crops(2, 20, shard=str(shard), part=part) for part in ("train", "held out"))
+    assert (train == pixels[:2]).all()
+    assert (held_out == pixels[[2, 3]]).all()
     with pytest.raises(ConfigError, match="no image of 21 pixels"):
         crops(1, 21, shard=str(shard))
+
+
+def test_the_photos_two_sets_have_no_pixel_in_common(monkeypatch):
+    where = np.arange(40 * 60 * 3).reshape(40, 60, 3)
+    monkeypatch.setattr(pictures, "_whole_photos", lambda shard: (where, where + where.size))
+    train, held_out = (set(crops(50, 12, part=part).ravel().tolist()) for part in ("train", "held out"))
+    assert len(train) > 1000
+    assert len(held_out) > 1000
+    assert not train & held_out
+
+
+@pytest.mark.parametrize("peer", ["none", "sporco"])
+def test_cdl_is_timed_to_the_objective_of_the_peer(peer, monkeypatch):
+    if peer == "sporco":
+        pytest.importorskip("sporco")
+    monkeypatch.setitem(learning.IMAGES, 16, 12)
+    monkeypatch.setitem(learning.HELD_OUT, 16, 4)
+    row = benchmark_cdl(16, shard=None, device="cpu", peer=peer, epochs=1)
+    assert (row.part, row.images, row.seconds > 0) == ("cdl", 12, True)
+    assert (row.ratio is None) == (peer == "none")
+    if peer == "sporco":
+        ours, theirs = (float(part.split()[-1]) for part in row.note.split(", "))
+        assert ours <= theirs
 
 
 def test_a_gpu_that_is_not_there_is_refused():

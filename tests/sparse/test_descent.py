@@ -1,5 +1,9 @@
 """Coordinate descent: the optimum of sporco and ADMM, KKT, safe screening, gradients, neighbours, threads."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -310,3 +314,55 @@ def test_an_image_of_many_blocks(monkeypatch):
     monkeypatch.setattr(descent, "BLOCK", 32)
     parts = Cbpdn(_atoms(), EXACT).solve(images)
     torch.testing.assert_close(parts.maps, whole.maps, rtol=0, atol=1e-8)
+
+
+def test_machine_code_is_kept_for_the_next_process(tmp_path):
+    """Two fresh processes: the second finds every loop that the first compiled."""
+    script = (
+        "import torch; from acsr_ray.sparse.cbpdn import Cbpdn, CbpdnConfig;"
+        "from acsr_ray.sparse.patch_loops import patch_loops;"
+        "x = torch.rand(1, 3, 9, 9, requires_grad=True);"
+        "Cbpdn(torch.rand(2, 3, 4, 4), CbpdnConfig(lmbda=.01)).reconstruct(x).sum().backward();"
+        "loops = patch_loops(4, 12, 3);"
+        "print(sum(sum(f.stats.cache_hits.values()) for f in vars(loops).values()))"
+    )
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    hits = [
+        subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for _ in range(2)
+    ]
+    assert hits == ["0", "4"]
+
+
+def test_a_strength_that_is_no_number_shows():
+    images, strength = _random(2, 3, 9, 9, seed=20), torch.tensor([1.0, float("nan")], dtype=torch.float64)
+    result = Cbpdn(_atoms(), EXACT).reconstruct(images, strength)
+    assert torch.isfinite(result[0]).all()
+    assert not torch.isfinite(result[1]).all()
+
+
+@pytest.mark.parametrize("solver", ["admm", "descent"])
+def test_no_images_and_no_such_dictionary_are_refused(solver):
+    coder = Cbpdn(torch.stack([_atoms(), _atoms(seed=1)]), CbpdnConfig(solver=solver))
+    with pytest.raises(ValueError, match="highpass must be"):
+        coder.reconstruct(torch.zeros(0, 3, 9, 9))
+    for wrong in (2, -1):
+        with pytest.raises(IndexError, match=r"in 0\.\.1"):
+            coder.reconstruct(torch.zeros(1, 3, 9, 9), index=torch.tensor([wrong]))
+
+
+def test_a_warm_start_with_many_dictionaries():
+    atoms, images, index = (
+        torch.stack([_atoms(), _atoms(seed=1)]),
+        _random(3, 3, 9, 9),
+        torch.tensor([1, 0, 1]),
+    )
+    for solver in ("admm", "descent"):
+        coder = Cbpdn(atoms, CbpdnConfig(lmbda=0.3, solver=solver, iterations=300, rounds=100))
+        first = coder.code(images, index=index)
+        again = coder.code(images, first.entries, index=index)
+        torch.testing.assert_close(again.objective, first.objective, rtol=1e-3, atol=0)
+        plain = coder.solve(images, index=index)
+        torch.testing.assert_close(first.reconstruction, plain.reconstruction)

@@ -31,8 +31,6 @@ def _fidelity(atoms, images, codes):
     for image, entries in zip(images, codes, strict=True):
         whole = torch.zeros_like(image)
         for (row, column, atom), value in zip(entries.places.tolist(), entries.values.tolist(), strict=True):
-            put = torch.zeros_like(image)
-            put[:, : atoms.shape[2], : atoms.shape[3]] = 1
             padded = torch.zeros_like(image)
             padded[:, : atoms.shape[2], : atoms.shape[3]] = atoms[atom]
             whole = whole + value * padded.roll((row, column), (1, 2))
@@ -110,7 +108,9 @@ def test_unused_atoms_stay_as_they_are():
     assert not torch.allclose(moved[0], atoms[0], atol=1e-2)
     surrogate.drop([0])
     assert surrogate.usage[0] == 0
-    assert not surrogate.products[0].any() or surrogate.products[:, 0].any()
+    assert not surrogate.products[0].any()
+    assert not surrogate.products[:, 0].any()
+    assert not surrogate.patches[0].any()
 
 
 def test_the_strongest_patches_do_not_overlap():
