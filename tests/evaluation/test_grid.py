@@ -1,6 +1,7 @@
 """Grids from YAML: what is wrong is said by name, and what is right survives a round trip."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import yaml
@@ -8,6 +9,7 @@ import yaml
 from acsr_ray.config import AcsrError
 from acsr_ray.evaluation.grid import Grid, GridError, read_grid
 
+GRIDS = sorted((Path(__file__).parents[2] / "jobs" / "grids").glob("*.yaml"))
 CONTENT = {
     "title": "Small",
     "data": [{"name": "toys", "test": ["toys/test.parquet"], "validation": ["toys/val.parquet"]}],
@@ -149,3 +151,12 @@ def test_which_attacks_are_repeated(attack, knowledge, draws, random):
     entry = {"name": "x", "attack": attack, "knowledge": knowledge, "eot_samples": draws}
     grid = Grid.model_validate({**CONTENT, "attacks": [entry]})
     assert grid.attacks[0].random is random
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
+def test_shipped_grids_load(path):
+    assert read_grid(path).attacks
+
+
+def test_there_are_shipped_grids():
+    assert GRIDS
