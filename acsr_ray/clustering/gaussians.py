@@ -234,9 +234,11 @@ def _lower_triangular(whitening: NDArray[Any]) -> NDArray[Any]:
 
 def squared_mahalanobis(latents: Tensor, gaussians: Gaussians) -> Tensor:
     """Return d^2 (N, K) of latents (N, L) to every cluster."""
+    count, length = gaussians.mean.shape
     centres = torch.einsum("kij,kj->ki", gaussians.whitening, gaussians.mean)
-    whitened = torch.einsum("kij,nj->nki", gaussians.whitening, latents)
-    return (whitened - centres).square().sum(2)
+    # One matrix product for all clusters.
+    whitened = latents @ gaussians.whitening.reshape(count * length, length).mT
+    return (whitened.unflatten(1, (count, length)) - centres).square().sum(2)
 
 
 def own_squared_mahalanobis(latents: Tensor, gaussians: Gaussians, index: Tensor) -> Tensor:

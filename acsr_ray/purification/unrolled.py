@@ -18,6 +18,8 @@ from acsr_ray.sparse.unrolled import UnrolledCsc
 MICRO_BATCH = {"cpu": 16, "cuda": 256}
 """Images per call up to `SMALL_PIXELS`; larger images go one by one. Fixed, so that an image never depends
 on its neighbours."""
+MICRO_PIXELS = 64 * 64
+"""Larger images come in smaller calls, with as many pixels as so many times the number of images above."""
 KEPT_SIDE = 256
 """Side of what a tile keeps, rounded up to the grid; its halo is as wide as the network reaches."""
 
@@ -53,8 +55,7 @@ class UnrolledReconstruction(nn.Module):
             cluster: (N,) int64.
         """
         height, width = lowpass.shape[-2:]
-        small = height * width <= SMALL_PIXELS
-        size = MICRO_BATCH[lowpass.device.type] if small else 1
+        size = micro_batch(height, width, lowpass.device.type)
         bands = torch.cat([lowpass, highpass], 1)
         # Whole cells of the coarsest layer, or tiles would see other cells than the whole image does.
         grid = self.config.grid
@@ -87,6 +88,14 @@ class UnrolledReconstruction(nn.Module):
         with torch.autocast(bands.device.type, torch.bfloat16, enabled=half):
             reconstruction: Tensor = self.network(lowpass, highpass, **state)
         return reconstruction.float()
+
+
+def micro_batch(height: int, width: int, device: str) -> int:
+    """Return the images per call; it depends on nothing but the size of the images and the device."""
+    most = MICRO_BATCH[device]
+    if height * width > SMALL_PIXELS:
+        return 1
+    return max(1, min(most, most * MICRO_PIXELS // (height * width)))
 
 
 def fill_up(values: Tensor, size: int) -> Tensor:

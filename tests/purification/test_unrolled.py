@@ -10,7 +10,13 @@ from acsr_ray.clustering.selection import Selection
 from acsr_ray.purification.bundle import load_bundle
 from acsr_ray.purification.options import PurifyOptions
 from acsr_ray.purification.purifier import Purifier
-from acsr_ray.purification.unrolled import KEPT_SIDE, UnrolledReconstruction, fill_up, restore_unrolled
+from acsr_ray.purification.unrolled import (
+    KEPT_SIDE,
+    UnrolledReconstruction,
+    fill_up,
+    micro_batch,
+    restore_unrolled,
+)
 from acsr_ray.sparse.noise import noise_level
 from acsr_ray.sparse.tikhonov import tikhonov_split
 from acsr_ray.sparse.unrolled import UnrolledConfig
@@ -272,3 +278,10 @@ def test_precision_is_part_of_a_runs_identity(bundles):
     config = load_bundle(bundles["global"]).config
     assert config.changed(PurifyOptions(precision="float32")) == config.changed(PurifyOptions())
     assert config.changed(PurifyOptions(precision="bfloat16"))["precision"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [((32, 32), 16), ((64, 64), 16), ((128, 128), 4), ((64, 100), 10), ((129, 128), 1)]
+)
+def test_larger_images_come_in_smaller_calls(size, expected):
+    assert micro_batch(*size, "cpu") == expected
