@@ -28,8 +28,9 @@ FORBIDDEN = ("torchvision", "timm", "pickle", "cPickle", "joblib", "dill", "clou
 PLACES = {
     "ray": ("acsr_ray/distributed/", "acsr_ray/cli.py", "jobs/"),
     "cuml": ("acsr_ray/clustering/kmeans_cuml.py",),
-    "cupy": ("acsr_ray/clustering/kmeans_cuml.py",),
-    "sporco": ("acsr_ray/sparse/cdl_sporco.py",),
+    "cupy": ("acsr_ray/clustering/kmeans_cuml.py", "acsr_ray/benchmark/peer_sporco.py"),
+    "sporco": ("acsr_ray/sparse/cdl_sporco.py", "acsr_ray/benchmark/peer_sporco.py"),
+    "numba": ("acsr_ray/sparse/patch_loops.py",),
     "matplotlib": ("acsr_ray/evaluation/figures.py",),
     "torchattacks": ("acsr_ray/attacks/torchattacks_adapter.py",),
 }

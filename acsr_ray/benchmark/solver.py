@@ -6,20 +6,18 @@ and of its time only `solve` counts. Either side runs as one batch on all cores 
 the faster counts.
 """
 
-import time
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from acsr_ray.benchmark.peer_sporco import new_sporco, sporco_maps, sporco_side
 from acsr_ray.benchmark.pictures import high_bands
 from acsr_ray.benchmark.report import Row
 from acsr_ray.benchmark.timing import Side, alternate, in_processes, timed
-from acsr_ray.config import ConfigError, MissingExtraError
+from acsr_ray.config import ConfigError
 from acsr_ray.sparse.cbpdn import Cbpdn, CbpdnConfig
 from acsr_ray.sparse.descent import PatchDictionary, Work, descend
 
@@ -135,7 +133,7 @@ def fit_sporco(problem: Problem, device: str) -> tuple[int, float | None]:
     best: tuple[int, float | None] = (500, None)
     images = problem.images.to(device)
     for rho in (None, 50 * problem.lmbda + 1):
-        solver = _sporco(problem.atoms, images, problem.lmbda, PEER_STEP, rho)
+        solver = new_sporco(problem.atoms, images, problem.lmbda, PEER_STEP, rho)
         for steps in range(PEER_STEP, best[0], PEER_STEP):
             solver.solve()
             if sporco_objective(solver, problem) <= problem.enough:
@@ -148,7 +146,7 @@ def fit_sporco(problem: Problem, device: str) -> tuple[int, float | None]:
 
 def sporco_objective(solver: Any, problem: Problem) -> float:  # noqa: ANN401
     """Return the mean functional at sporco's sparse maps; what it reports itself mixes two iterates."""
-    maps = _on_cpu(solver.getcoef()).squeeze()
+    maps = sporco_maps(solver)
     count, _, height, width = problem.images.shape
     maps = maps.reshape(height, width, count, -1).permute(2, 3, 0, 1).double()
     transform = torch.fft.rfft2(problem.atoms.double(), s=(height, width))
@@ -162,56 +160,6 @@ def sporco_objective(solver: Any, problem: Problem) -> float:  # noqa: ANN401
     )
     fidelity = 0.5 * (whole - problem.images.double()).square().sum()
     return float(fidelity + problem.lmbda * maps.abs().sum()) / count
-
-
-def sporco_side(
-    atoms: Tensor, images: Tensor, lmbda: float, iterations: int, rho: float | None, threads: int
-) -> Side:
-    """Return a side that codes a batch with sporco from the start and counts `solve` alone."""
-
-    def run() -> float:
-        if images.device.type == "cpu":
-            from sporco import fft
-
-            fft.pyfftw_threads = threads
-        solver = _sporco(atoms, images, lmbda, iterations, rho)
-        started = time.perf_counter()
-        solver.solve()
-        if images.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
-
-    return run
-
-
-def _sporco(atoms: Tensor, images: Tensor, lmbda: float, iterations: int, rho: float | None) -> Any:  # noqa: ANN401
-    try:
-        if images.device.type == "cuda":
-            import cupy
-            from sporco.cupy.admm import cbpdn
-
-            convert = cupy.from_dlpack
-        else:
-            from sporco.admm import cbpdn
-
-            convert = Tensor.numpy
-    except ImportError as error:
-        raise MissingExtraError(f"the peer needs acsr-ray[sporco] (and [gpu]): {error}") from error
-    options: Mapping[str, Any] = {
-        "Verbose": False,
-        "MaxMainIter": iterations,
-        "RelStopTol": 0.0,
-        "AutoRho": {"Enabled": rho is None},
-        # No statistics, which would cost a tenth of the time; adaptive rho lives on them.
-        "FastSolve": rho is not None,
-        **({} if rho is None else {"rho": rho}),
-    }
-    last = [convert(part.permute(2, 3, 1, 0).contiguous()) for part in (atoms.to(images.device), images)]
-    return cbpdn.ConvBPDN(last[0], last[1], lmbda, cbpdn.ConvBPDN.Options(dict(options)), dimK=1)
-
-
-def _on_cpu(array: Any) -> Tensor:  # noqa: ANN401
-    return torch.from_numpy(np.asarray(array.get() if hasattr(array, "get") else array))
 
 
 def count_work(problem: Problem, config: CbpdnConfig, device: str) -> tuple[float, float]:

@@ -2,10 +2,10 @@
 
 import pytest
 
+from acsr_ray.benchmark.peer_sporco import new_sporco
 from acsr_ray.benchmark.pictures import high_bands
 from acsr_ray.benchmark.solver import (
     GAP,
-    _sporco,
     benchmark_solver,
     count_work,
     fit_ours,
@@ -40,7 +40,7 @@ def test_sporco_stops_as_soon_as_it_is_good_enough(problem):
     iterations, rho = fit_sporco(problem, "cpu")
     objectives = []
     for steps in (iterations, iterations - 4):
-        solver = _sporco(problem.atoms, problem.images, problem.lmbda, steps, rho)
+        solver = new_sporco(problem.atoms, problem.images, problem.lmbda, steps, rho)
         solver.solve()
         objectives.append(sporco_objective(solver, problem))
     assert objectives[0] <= problem.enough < objectives[1]
@@ -48,7 +48,7 @@ def test_sporco_stops_as_soon_as_it_is_good_enough(problem):
 
 def test_sporcos_objective_is_ours_at_the_same_iterations(problem):
     pytest.importorskip("sporco")
-    solver = _sporco(problem.atoms, problem.images, problem.lmbda, 30, 4.0)
+    solver = new_sporco(problem.atoms, problem.images, problem.lmbda, 30, 4.0)
     solver.solve()
     config = CbpdnConfig(lmbda=problem.lmbda, solver="admm", iterations=30, rho=4.0)
     ours = Cbpdn(problem.atoms, config).code(problem.images).objective.mean().item()
