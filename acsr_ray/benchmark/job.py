@@ -44,9 +44,9 @@ class BenchmarkSettings(JobSettings):
     bundle: str = DEFAULT_BUNDLE
     """Whose encoder, network and first dictionary are timed."""
     device: Device = "auto"
-    """Where to compute; auto takes a GPU if there is one. Codec and pipeline do not ask."""
+    """Where to compute; auto takes a GPU if there is one. Codec and pipeline stay on CPUs."""
     cores: int | None = Field(None, ge=1)
-    """Cores that either side takes; default: all that this process may use."""
+    """Cores that either side takes, except in pipeline; default: all that this process may use."""
     repeats: int = Field(3, ge=1)
     """Timed runs of each side, in turns; the median counts."""
     epochs: int = Field(3, ge=1)
@@ -131,7 +131,6 @@ def _rows(settings: BenchmarkSettings, device: str, cores: int) -> Iterator[Row]
             first,
             count=settings.images,
             reconstruction=settings.reconstruction,
-            cores=cores,
             repeats=repeats,
         )
 
@@ -141,7 +140,8 @@ def _night(rows: Sequence[Row], settings: BenchmarkSettings, device: str, cores:
     seconds = {(row.part, row.what): row.seconds for row in rows if row.side == settings.sizes[0]}
     whole = [row for row in rows if row.part == "pipeline"]
     parts = [seconds.get(("unrolled", what)) for what in ("encoder", "network, float32")]
-    if whole:
+    if whole and device == "cpu":
+        cores = len(os.sched_getaffinity(0))
         per_image, basis = whole[0].seconds, "the whole pipeline"
     elif None not in parts:
         per_image, basis = sum(part for part in parts if part), "encoder and network alone"

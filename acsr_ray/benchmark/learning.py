@@ -10,8 +10,8 @@ from acsr_ray.config import ConfigError
 from acsr_ray.sparse.cbpdn import Cbpdn, CbpdnConfig
 from acsr_ray.sparse.cdl import CdlConfig, learn_dictionary
 
-IMAGES = {32: 200, 64: 48, 128: 12, 224: 6}
-HELD_OUT = {32: 32, 64: 16, 128: 4, 224: 2}
+IMAGES = {32: 200, 64: 48, 128: 12}
+HELD_OUT = {32: 32, 64: 16, 128: 4}
 MOST_EPOCHS = 12
 ITERATIONS = 50
 """Of sparse coding inside sporco; METHOD's figure of its speed has as many."""

@@ -1,5 +1,6 @@
 """The whole job on Ray beside the bare purifier in processes of the same cores; its memory over a run."""
 
+import os
 import tempfile
 import threading
 import time
@@ -29,7 +30,7 @@ DISTINCT = 2000
 
 
 def benchmark_pipeline(
-    bundle: str, side: int, *, count: int, reconstruction: Reconstruction, cores: int, repeats: int
+    bundle: str, side: int, *, count: int, reconstruction: Reconstruction, repeats: int
 ) -> Row:
     """Return the row of one job over `count` images, with the bare purifier as its peer.
 
@@ -38,20 +39,24 @@ def benchmark_pipeline(
         side: of the images.
         count: of the images.
         reconstruction: `unrolled` or `cbpdn`.
-        cores: processes of the bare purifier.
         repeats: timed runs of the bare purifier, before and after the job.
     """
+    # As many processes as the job's Ray has CPUs, and like it without a GPU.
+    cores = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         source = write_corpus(Path(folder) / "in", count, side)
         parts = [(bundle, side, max(BATCH, min(count, 1000) // cores), reconstruction)] * cores
         bare = stack.enter_context(in_processes(purifier_side, parts))
         before = alternate({"bare": bare}, repeats)["bare"]
         settings = PurifyCorpusSettings(
-            input=str(source), output=f"{folder}/out", bundle=bundle, reconstruction=reconstruction
+            input=str(source),
+            output=f"{folder}/out",
+            bundle=bundle,
+            reconstruction=reconstruction,
+            device="cpu",
         )
-        session = RaySettings()
         started = time.perf_counter()
-        with ray_session(session):
+        with ray_session(RaySettings()):
             summary = purify_corpus(settings)
         whole = time.perf_counter() - started
         after = alternate({"bare": bare}, repeats)["bare"]

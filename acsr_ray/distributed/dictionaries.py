@@ -63,7 +63,7 @@ def learn_cluster_dictionary(
     """
     torch.set_num_threads(max(1, int(config.task_cpus)))
     images = read_rows(rows, DecodeLimits())
-    pixels = crop_alike(images, config.crop, config.cdl.support, seed)
+    pixels = crop_alike(images, config.crop, config.cdl.window, seed)
     signal = torch.from_numpy(to_unit_range(pixels)).to(device)
     _, highpass = tikhonov_split(signal, config.tikhonov)
     result = learn_dictionary(highpass, config.cdl, seed=seed)

@@ -58,6 +58,8 @@ class CdlConfig(Described):
     def _check(self) -> Self:
         if self.scales and (min(self.scales) < 2 or len(self.scales) > self.num_atoms):
             raise ValueError(f"scales must be sides >= 2, at most one per atom, got {self.scales}")
+        if self.code.padding:
+            raise ValueError("dictionaries are learnt in circular boundary: code.padding must be 0")
         if self.backend == "sporco" and (self.scales or self.method == "batch"):
             raise ValueError("backend sporco learns online and atoms of one size only")
         return self

@@ -64,7 +64,7 @@ def learn_global_dictionary(
     generator = np.random.default_rng(seed)
     count = min(config.images, len(pixels))
     chosen = np.sort(generator.choice(len(pixels), count, replace=False))
-    crops = crop_alike(list(pixels[chosen]), config.crop, config.cdl.support, seed)
+    crops = crop_alike(list(pixels[chosen]), config.crop, config.cdl.window, seed)
     _, highpass = tikhonov_split(torch.from_numpy(to_unit_range(crops)).to(device), config.tikhonov)
     result = learn_dictionary(highpass, config.cdl, seed=seed)
     quarter = max(1, len(result.objective) // 4)
@@ -73,7 +73,9 @@ def learn_global_dictionary(
         "objective_first": float(np.mean(result.objective[:quarter])),
         "objective_last": float(np.mean(result.objective[-quarter:])),
     }
-    return GlobalDictionary(result.atoms.cpu(), config.cdl.code, config.tikhonov), metrics
+    # Learning stops its codes early; purification does not.
+    code = config.cdl.code.model_copy(update={"rounds": CbpdnConfig().rounds})
+    return GlobalDictionary(result.atoms.cpu(), code, config.tikhonov), metrics
 
 
 def save_global_dictionary(directory: Path, dictionary: GlobalDictionary, content: Mapping[str, Any]) -> None:

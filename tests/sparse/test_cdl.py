@@ -222,10 +222,11 @@ def test_a_start_is_where_learning_starts(images, learned):
         {"scales": (3, 4, 5), "num_atoms": 2},
         {"scales": (3, 4), "backend": "sporco"},
         {"method": "batch", "backend": "sporco"},
+        {"code": CODE.model_copy(update={"padding": 4})},
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings):
-    with pytest.raises(ValueError, match=r"scales|backend"):
+    with pytest.raises(ValueError, match=r"scales|backend|padding"):
         CdlConfig(**settings)
 
 
