@@ -13,7 +13,7 @@ from torch import Tensor
 
 from acsr_ray.columns import IMAGE
 from acsr_ray.config import ConfigError
-from acsr_ray.corpus.images import DecodeLimits, Pixels, decode_image
+from acsr_ray.corpus.images import DecodeLimits, ImageError, Pixels, decode_image
 from acsr_ray.corpus.labelled import image_bytes
 from acsr_ray.purification.bands import split_bands
 from acsr_ray.sparse.tikhonov import TikhonovConfig
@@ -42,9 +42,13 @@ def _photos(shard: str | None, part: Part) -> list[Pixels]:
 def _whole_photos(shard: str | None) -> tuple[Pixels, ...]:
     if shard is None:
         return tuple(load_sample_images().images)
-    table = pa.Table.from_batches([next(pq.ParquetFile(shard).iter_batches(SHARD_ROWS, columns=[IMAGE]))])
-    limits = DecodeLimits()
-    return tuple(decode_image(data, limits) for data in image_bytes(table[IMAGE]))
+    try:
+        batches = pq.ParquetFile(shard).iter_batches(SHARD_ROWS, columns=[IMAGE])
+        table = pa.Table.from_batches([next(batches)])
+        limits = DecodeLimits()
+        return tuple(decode_image(data, limits) for data in image_bytes(table[IMAGE]))
+    except (OSError, pa.ArrowInvalid, KeyError, StopIteration, ImageError) as error:
+        raise ConfigError(f"cannot read {shard}: {error or 'it has no rows'}") from error
 
 
 def crops(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from acsr_ray.cli import ENTRY_POINTS, main
-from acsr_ray.config import JOBS, Settings
+from acsr_ray.config import JOBS, Settings, _flag
 
 FOLDER = Path(__file__).parents[2] / "jobs"
 SCRIPTS = sorted(FOLDER.glob("*.py"))
@@ -32,8 +32,11 @@ def flags(model: type[Settings], prefix: str = "") -> list[str]:
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
             names += flags(field.annotation, f"{prefix}{name}.")
+        elif "Positional" in map(str, field.metadata):
+            # It has no option; its explanation stands for it.
+            names.append(field.description.split(";")[0])
         else:
-            names.append(f"--{prefix}{name}".replace("_", "-"))
+            names.append(_flag(model, name, prefix))
     return names
 
 
@@ -130,14 +133,15 @@ MISSING = {
         "no semantics at /nowhere/s",
     ),
     "purify_corpus": (["--input", "/nowhere"], "/nowhere does not exist"),
+    "benchmark": (["solver", "--shard", "/nowhere.parquet"], "cannot read /nowhere.parquet"),
 }
 
 
 @pytest.mark.parametrize("job", JOBS)
 def test_missing_input_is_said_in_one_line(job, monkeypatch, capsys, tmp_path):
     options, message = MISSING[job]
-    # A recipe names the outputs itself.
-    output = [] if job == "make_bundle" else ["--output", str(tmp_path / "out")]
+    # A recipe names the outputs itself, and a benchmark has none that must be.
+    output = [] if job in ("make_bundle", "benchmark") else ["--output", str(tmp_path / "out")]
     assert run_script(monkeypatch, FOLDER / f"{job}.py", *options, *output) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(error) == 1
