@@ -87,10 +87,11 @@ class Surrogate:
 
         The sums change little between two calls, so the first iterates long and the others go on from there.
         """
-        vector, steps = self._eigenvector, 1
-        if vector is None:
-            vector, steps = gram.sum(-1, keepdim=True), 8
-        for _ in range(steps):
+        fresh = gram.sum(-1, keepdim=True)
+        fresh = fresh / fresh.norm(dim=1, keepdim=True).clamp(min=1e-20)
+        # With a part of the fresh start, or what was zero before, as after blank images, would stay so.
+        vector = fresh if self._eigenvector is None else self._eigenvector + 0.1 * fresh
+        for _ in range(8 if self._eigenvector is None else 1):
             vector = gram @ vector
             vector = vector / vector.norm(dim=1, keepdim=True).clamp(min=1e-20)
         self._eigenvector = vector

@@ -176,6 +176,17 @@ def test_batch_learning_never_raises_the_objective_of_all_images(images):
     assert passes[-1] < 0.75 * passes[0]
 
 
+def test_a_blank_first_batch_does_not_stop_learning(images):
+    mixed = torch.cat([images[:4], torch.zeros_like(images[:4])])
+    config = CONFIG.model_copy(update={"batch_size": 1, "epochs": 3})
+    learned = [learn_dictionary(mixed, config, seed=seed) for seed in range(4)]
+    blank = [result.objective[0] == 0 for result in learned]
+    assert any(blank)
+    assert not all(blank)
+    ends = [_held_out_objective(result.atoms, images[4:]) for result in learned]
+    assert max(ends) < 1.5 * min(ends)
+
+
 def test_dead_atoms_are_replaced(images):
     dead = torch.zeros(1, 3, 5, 5, dtype=torch.float64)
     # A checkerboard of pixels: the images are smooth.
