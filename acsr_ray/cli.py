@@ -44,7 +44,7 @@ ENTRY_POINTS: Mapping[str, tuple[str, str, str]] = {
 
 
 def run_job(job: str, args: Sequence[str] | None = None) -> None:
-    """Parse one job's settings, run it and print a closing summary; exits 2 on settings that cannot work."""
+    """Parse one job's settings, run it and print a closing summary; exits with the code of an `AcsrError`."""
     module_name, settings_name, function_name = ENTRY_POINTS[job]
     module = importlib.import_module(module_name)
     settings_type: type[JobSettings] = getattr(module, settings_name)
@@ -56,7 +56,7 @@ def run_job(job: str, args: Sequence[str] | None = None) -> None:
         summary = function(settings)
     except AcsrError as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+        raise SystemExit(error.exit_code) from error
     print(f"\n{job}: done in {time.perf_counter() - started:.1f} s")
     for key, value in summary.items():
         print(f"  {key:20} {value if isinstance(value, str) else json.dumps(value)}")

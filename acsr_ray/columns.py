@@ -42,4 +42,7 @@ HEIGHT = "acsr_tmp_height"
 WIDTH = "acsr_tmp_width"
 LATENT = "acsr_tmp_latent"
 INDEX = "acsr_tmp_index"
+FAILED = "acsr_tmp_failed"
+"""Only in the table of a unit that failed: the kind of failure, as `acsr_ray.corpus.failures` has them."""
+DETAIL = "acsr_tmp_detail"
 TRAVELLING = (UNIT, PIXELS, HEIGHT, WIDTH, LATENT, INDEX)

@@ -9,7 +9,7 @@ import difflib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Any, ClassVar, Literal, Self, TypeVar, get_args
 
 import tyro
 import yaml
@@ -70,7 +70,23 @@ def _without(settings: dict[str, Any], names: set[str]) -> dict[str, Any]:
 
 
 class AcsrError(Exception):
-    """Base of the errors a user can act on: jobs print their message alone and exit 2."""
+    """Base of the errors a user can act on: jobs print their message alone and exit with `exit_code`."""
+
+    exit_code: ClassVar[int] = 2
+    """2: settings, input or environment that cannot work; the job would end like this again."""
+
+
+class FailedError(AcsrError, RuntimeError):
+    """A job that could not do all it was asked for; what it finished is kept."""
+
+    exit_code = 1
+
+
+class ResumableStop(AcsrError, RuntimeError):
+    """A job that stopped cleanly before its end: the same command goes on from there."""
+
+    exit_code = 75
+    """EX_TEMPFAIL, which schedulers take for "try again"."""
 
 
 class MissingExtraError(AcsrError, RuntimeError):

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("config", "columns"),
-    ("artifacts",),
+    ("artifacts", "storage"),
     ("sparse", "clustering", "attacks", "models", "corpus", "defenses"),
     ("purification",),
     ("training",),

@@ -1,198 +1,292 @@
 """The output folder of a purification: what is finished, how a unit becomes visible, what belongs together.
 
 `data/` holds the purified shards, `_acsr/` everything else: `run.json` (the settings that decide pixels,
-written first), `receipts/`, `quarantine/` (original bytes of refused images), `staging/`, `ready/` (finished
-units that replace published ones), `runs/` (a report per run) and `manifest.json` (the snapshot, written
-last). A unit appears in `data/` by a hard link that refuses to replace, so it is either absent or complete,
-and of two attempts the first wins.
+written first), `bundle.json`, `lease/` (who writes), `quarantine/` (original bytes of refused images),
+`staging/`, `ready/` (finished units that replace published ones), `attempts/` (units that brought a worker
+down), `runs/` (a report per run) and `snapshots/` (the highest number is the current one). A unit appears in
+`data/` by an operation that refuses to replace, so it is either absent or complete, and of two attempts the
+first wins. Its receipt lies in the file's own footer, so nothing else has to be written with it.
 """
 
+import hashlib
+import io
 import json
-import os
 import time
-import uuid
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from types import MappingProxyType
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import asdict, replace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from acsr_ray.artifacts import atomic_write, write_json
 from acsr_ray.columns import QUARANTINED, REASON, STATUS
+from acsr_ray.corpus.lease import holds
+from acsr_ray.corpus.snapshot import Receipt, Snapshot
 from acsr_ray.corpus.sources import CorpusError
+from acsr_ray.storage import open_storage
 
 RECEIPT_KEY = b"acsr_receipt"
-MANIFEST_VERSION = 1
+DATA, READY, QUARANTINE, SNAPSHOTS, ATTEMPTS = (
+    "data",
+    "_acsr/ready",
+    "_acsr/quarantine",
+    "_acsr/snapshots",
+    "_acsr/attempts",
+)
+RUN, BUNDLE = "_acsr/run.json", "_acsr/bundle.json"
+KEPT_SNAPSHOTS = 3
+SHOWN_CHANGES = 12
 
 
-@dataclass(frozen=True)
-class Receipt:
-    """What one published unit holds: rows, rows per status, and rows per quarantine reason."""
-
-    name: str
-    rows: int
-    statuses: Mapping[str, int]
-    reasons: Mapping[str, int]
+class LateAttemptError(CorpusError):
+    """An attempt of a run that no longer holds the output; what it made stays invisible."""
 
 
 class Ledger:
-    """The bookkeeping of one output folder.
+    """The bookkeeping of one output.
 
     Args:
-        output: local or shared-disk folder.
+        output: absolute path of a disk that all nodes share, or URI of an object store.
+
+    Raises:
+        StorageLocationError: the URI of a store that cannot be written safely.
     """
 
     def __init__(self, output: str) -> None:
-        self.output = Path(output)
-        self.data = self.output / "data"
-        self.private = self.output / "_acsr"
-        self.ready = self.private / "ready"
+        self.storage = open_storage(output)
+        self.output = self.storage.root
 
-    def check(self, settings: Mapping[str, Any]) -> None:
+    def check(self, settings: Mapping[str, Any], bundle: Mapping[str, Any] | None = None) -> None:
         """Refuse an output that was begun with other settings, or is not ours; writes nothing.
 
-        Raises:
-            CorpusError: naming the settings that differ.
-        """
-        path = self.private / "run.json"
-        if path.exists():
-            before = json.loads(path.read_text())
-            keys = sorted(before.keys() | settings.keys())
-            changed = [key for key in keys if before.get(key) != settings.get(key)]
-            if changed:
-                lines = [f"\n  {k}: {before.get(k)!r} -> {settings.get(k)!r}" for k in changed]
-                raise CorpusError(
-                    f"output {self.output} was made with other settings; use another --output:"
-                    + "".join(lines)
-                )
-            return
-        if self.data.exists() and any(self.data.iterdir()):
-            raise CorpusError(f"{self.data} holds files that no purification here wrote")
+        Args:
+            settings: what decides the output.
+            bundle: manifest of the bundle, to tell what differs in it.
 
-    def claim(self, settings: Mapping[str, Any]) -> None:
-        """Bind the output to the settings that decide its content, after `check`."""
-        self.check(settings)
-        write_json(self.private / "run.json", settings)
+        Raises:
+            CorpusError: naming what differs.
+        """
+        before = self._read_json(RUN)
+        if before is not None:
+            changed = _differences(before, settings)
+            if not changed:
+                return
+            if "bundle_digest" in changed and bundle is not None:
+                inside = _differences(self._read_json(BUNDLE) or {}, bundle)
+                changed |= {f"bundle: {key}": pair for key, pair in inside.items()}
+            lines = [f"\n  {key}: {old!r} -> {new!r}" for key, (old, new) in changed.items()]
+            if len(lines) > SHOWN_CHANGES:
+                lines[SHOWN_CHANGES:] = [f"\n  and {len(lines) - SHOWN_CHANGES} more"]
+            raise CorpusError(
+                f"output {self.output} was made with other settings; use another --output, or --anew to "
+                "purify all of it again and then replace what is there:" + "".join(lines)
+            )
+        if self.storage.names(DATA):
+            raise CorpusError(f"{self.output}/{DATA} holds files that no purification here wrote")
+
+    def claim(self, settings: Mapping[str, Any], bundle: Mapping[str, Any] | None = None) -> None:
+        """Bind the output to the settings that decide its content; whoever calls has checked them."""
+        before = self._read_json(RUN)
+        if before is None or _differences(before, settings):
+            if bundle is not None:
+                self._write_json(BUNDLE, bundle)
+            self._write_json(RUN, settings)
 
     def report(self, summary: Mapping[str, Any]) -> None:
         """Keep a run's closing summary under `runs/`."""
-        write_json(self.private / "runs" / f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}.json", summary)
+        self._write_json(f"_acsr/runs/{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}.json", summary)
 
     def published(self) -> set[str]:
         """Return the names of the published units, relative to `data/`."""
-        return _names(self.data)
+        return _parquet(self.storage.names(DATA))
 
     def finished(self) -> set[str]:
         """Return the names of the units that need not be done again: published, or parked until commit."""
-        return _names(self.data) | _names(self.ready)
+        return self.published() | _parquet(self.storage.names(READY))
 
     def publish(
-        self, name: str, table: pa.Table, quarantine: pa.Table | None, *, parked: bool = False
+        self,
+        name: str,
+        table: pa.Table,
+        quarantine: pa.Table | None,
+        *,
+        parked: bool = False,
+        first: int = 0,
+        lease: int = 0,
     ) -> Receipt:
-        """Write a unit's output and make it visible at once; an earlier attempt's output and receipt stay.
+        """Write a unit's output and make it visible at once; an earlier attempt's output stays.
 
         Args:
             name: path below `data/`.
             table: the rows, in input order.
             quarantine: original bytes of the rows that were refused.
             parked: keep it out of `data/` until `commit`, because it replaces files that readers still see.
+            first: first row of the unit in its shard.
+            lease: number of the run's lease; 0 publishes without one.
+
+        Raises:
+            LateAttemptError: another run holds the output.
         """
         receipt = Receipt(
-            name, table.num_rows, _counts(table, STATUS), _counts(table.filter(_refused(table)), REASON)
+            name,
+            table.num_rows,
+            _counts(table, STATUS),
+            _counts(table.filter(_refused(table)), REASON),
+            first,
         )
         metadata = {**(table.schema.metadata or {}), RECEIPT_KEY: json.dumps(asdict(receipt))}
-        staged = self._stage(table.replace_schema_metadata(metadata))
+        data = _to_parquet(table.replace_schema_metadata(metadata))
+        if lease and not holds(self.storage, lease):
+            raise LateAttemptError(f"{self.output} is held by another run; {name} is not published")
         if quarantine is not None and quarantine.num_rows:
-            _link(self._stage(quarantine), self.private / "quarantine" / name)
-        if not _link(staged, (self.ready if parked else self.data) / name):
+            self.storage.create(f"{QUARANTINE}/{name}", _to_parquet(quarantine))
+        if not self.storage.create(f"{READY if parked else DATA}/{name}", data):
             return self.receipt(name)
-        self._write_receipt(receipt)
-        return receipt
+        return replace(receipt, digest=hashlib.sha256(data).hexdigest())
 
     def receipt(self, name: str) -> Receipt:
-        """Return a published unit's receipt, rebuilt from its footer if a crash lost the file."""
-        path = self._receipt_path(name)
-        if path.exists():
-            return Receipt(**json.loads(path.read_text()))
-        parked = self.ready / name
-        metadata = pq.read_schema(parked if parked.exists() else self.data / name).metadata or {}
+        """Return a finished unit's receipt, from its file.
+
+        Raises:
+            CorpusError: it is no file of a purification.
+        """
+        try:
+            data = self.storage.read(f"{DATA}/{name}")
+        except FileNotFoundError:
+            data = self.storage.read(f"{READY}/{name}")
+        try:
+            metadata = pq.read_schema(io.BytesIO(data)).metadata or {}
+        except pa.ArrowException as error:
+            raise CorpusError(f"{self.output}/{DATA}/{name} is damaged: {error}") from error
         if RECEIPT_KEY not in metadata:
-            raise CorpusError(f"{self.data / name} was not written by a purification")
-        receipt = Receipt(**json.loads(metadata[RECEIPT_KEY]))
-        self._write_receipt(receipt)
-        return receipt
+            raise CorpusError(f"{self.output}/{DATA}/{name} was not written by a purification")
+        fields = json.loads(metadata[RECEIPT_KEY])
+        return replace(Receipt(**fields), digest=hashlib.sha256(data).hexdigest())
 
-    def known_shards(self) -> dict[str, tuple[str, str]]:
-        """Return (version, content digest) by URI of the shards in the last snapshot."""
-        path = self.private / "manifest.json"
-        if not path.exists():
-            return {}
-        shards: dict[str, list[str]] = json.loads(path.read_text())["shards"]
-        return {uri: (version, content) for uri, (version, content) in shards.items()}
+    def snapshot(self) -> Snapshot:
+        """Return the current snapshot, an empty one where there is none."""
+        numbers = self._snapshots()
+        if not numbers:
+            return Snapshot()
+        name = _snapshot_file(numbers[-1])
+        return Snapshot.from_json(self.storage.read(name), f"{self.output}/{name}")
 
-    def commit(
-        self,
-        receipts: Sequence[Receipt],
-        shards: Mapping[str, tuple[str, str]] = MappingProxyType({}),
-    ) -> None:
-        """Write the snapshot of a finished run and remove what it no longer lists.
+    def commit(self, snapshot: Snapshot) -> None:
+        """Make a snapshot the current one, then show what it lists and remove what it replaces.
+
+        A crash in between leaves the snapshot as it is; the next commit, of this or another run, ends it.
 
         Args:
-            receipts: every unit that belongs to the output now.
-            shards: (version, content digest) of the input's shards by URI.
+            snapshot: numbered one above the current one.
+
+        Raises:
+            CorpusError: another run has committed meanwhile.
         """
-        files = {receipt.name: {"rows": receipt.rows, **receipt.statuses} for receipt in receipts}
-        write_json(
-            self.private / "manifest.json",
-            {"schema_version": MANIFEST_VERSION, "files": files, "shards": dict(shards)},
-        )
-        for name in self.finished() - files.keys():
-            (self.private / "quarantine" / name).unlink(missing_ok=True)
-            (self.data / name).unlink(missing_ok=True)
-            (self.ready / name).unlink(missing_ok=True)
-            self._receipt_path(name).unlink(missing_ok=True)
-        for name in _names(self.ready):
-            _link(self.ready / name, self.data / name)
-        self.sweep()
+        data, file = snapshot.to_json(), _snapshot_file(snapshot.number)
+        if not self.storage.create(file, data) and self.storage.read(file) != data:
+            raise CorpusError(f"another run committed snapshot {snapshot.number} of {self.output}")
+        self.settle(snapshot)
+        for number in self._snapshots()[:-KEPT_SNAPSHOTS]:
+            self.storage.remove(_snapshot_file(number))
 
-    def sweep(self) -> None:
-        """Remove what interrupted attempts left in staging."""
-        for path in (self.private / "staging").glob("*"):
-            path.unlink(missing_ok=True)
+    def settle(self, snapshot: Snapshot) -> None:
+        """Make `data/` agree with a committed snapshot, for the shards that are complete in it."""
+        listed = snapshot.names()
+        complete = {relative for relative, entry in snapshot.shards.items() if entry.complete}
+        for name in sorted(self.published() - listed):
+            if shard_of(name) in complete:
+                self.discard(name)
+        for name in sorted(_parquet(self.storage.names(READY)) & listed):
+            self.storage.move(f"{READY}/{name}", f"{DATA}/{name}")
 
-    def _stage(self, table: pa.Table) -> Path:
-        path = self.private / "staging" / f"{uuid.uuid4().hex}.tmp"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table, path)
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        if pq.read_metadata(path).num_rows != table.num_rows:
-            raise OSError(f"{path} does not hold the {table.num_rows} rows written to it")
-        return path
+    def discard(self, name: str) -> None:
+        """Remove a unit and what was kept of it."""
+        self.storage.remove(f"{DATA}/{name}")
+        self.storage.remove(f"{READY}/{name}")
+        self.storage.remove(f"{QUARANTINE}/{name}")
 
-    def _receipt_path(self, name: str) -> Path:
-        return self.private / "receipts" / f"{name.removesuffix('.parquet')}.json"
+    def sweep(self, snapshot: Snapshot, pending: Set[str] = frozenset()) -> list[str]:
+        """Remove whatever is neither listed nor to be finished, and return the names of those units.
 
-    def _write_receipt(self, receipt: Receipt) -> None:
-        atomic_write(self._receipt_path(receipt.name), json.dumps(asdict(receipt)).encode())
+        Args:
+            snapshot: the current one.
+            pending: names of units that a later run will finish.
+        """
+        wanted = snapshot.names() | pending
+        orphans = sorted((self.finished() | _parquet(self.storage.names(QUARANTINE))) - wanted)
+        for name in orphans:
+            self.discard(name)
+        open_records = {_attempt_file(name) for name in pending}
+        for file in self.storage.names(ATTEMPTS):
+            if f"{ATTEMPTS}/{file}" not in open_records:
+                self.storage.remove(f"{ATTEMPTS}/{file}")
+        self.storage.sweep()
+        return orphans
+
+    def attempts(self) -> Iterator[dict[str, Any]]:
+        """Yield the records of units that brought workers down in this run or an earlier one."""
+        for name in self.storage.names(ATTEMPTS):
+            record = self._read_json(f"{ATTEMPTS}/{name}")
+            if record is not None:
+                yield record
+
+    def write_attempt(self, unit: str, record: Mapping[str, Any]) -> None:
+        """Keep the record of a unit that brought a worker down."""
+        self._write_json(_attempt_file(unit), record)
+
+    def _snapshots(self) -> Sequence[int]:
+        return sorted(int(name.split(".")[0]) for name in self.storage.names(SNAPSHOTS))
+
+    def _read_json(self, name: str) -> dict[str, Any] | None:
+        try:
+            content: dict[str, Any] = json.loads(self.storage.read(name))
+        except FileNotFoundError:
+            return None
+        return content
+
+    def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        self.storage.write(name, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def total(receipts: Iterable[Receipt]) -> dict[str, Any]:
-    """Return the sums over receipts: rows, rows per status, quarantined rows per reason."""
-    rows, statuses, reasons = 0, dict[str, int](), dict[str, int]()
-    for receipt in receipts:
-        rows += receipt.rows
-        for counts, sums in ((receipt.statuses, statuses), (receipt.reasons, reasons)):
-            for key, count in counts.items():
-                sums[key] = sums.get(key, 0) + count
-    return {"rows": rows, "statuses": statuses, "quarantined": reasons}
+def shard_of(name: str) -> str:
+    """Return the relative path of the shard that a unit's output name belongs to."""
+    return name.rsplit(".rows-", 1)[0]
 
 
-def _names(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*.parquet")}
+def _attempt_file(unit: str) -> str:
+    return f"{ATTEMPTS}/{hashlib.sha256(unit.encode()).hexdigest()[:16]}.json"
+
+
+def _snapshot_file(number: int) -> str:
+    return f"{SNAPSHOTS}/{number:08d}.json"
+
+
+def _parquet(names: Mapping[str, int]) -> set[str]:
+    return {name for name in names if name.endswith(".parquet")}
+
+
+def _to_parquet(table: pa.Table) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    data = buffer.getvalue()
+    written = pq.read_metadata(io.BytesIO(data))
+    if (written.num_rows, written.schema.to_arrow_schema().names) != (table.num_rows, table.schema.names):
+        raise OSError(f"a file of {written.num_rows} rows was written of a table of {table.num_rows}")
+    return data
+
+
+def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return (before, after) of every value that differs, by its path."""
+    old, new = dict(_flat(before)), dict(_flat(after))
+    return {key: (old.get(key), new.get(key)) for key in sorted(old | new) if old.get(key) != new.get(key)}
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _refused(table: pa.Table) -> pa.Array:
@@ -202,15 +296,3 @@ def _refused(table: pa.Table) -> pa.Array:
 def _counts(table: pa.Table, column: str) -> dict[str, int]:
     counts = table[column].value_counts().to_pylist()
     return {entry["values"]: entry["counts"] for entry in counts if entry["values"] is not None}
-
-
-def _link(staged: Path, target: Path) -> bool:
-    """Make a staged file visible under its final name; False when a file is already there."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(staged, target)
-    except FileExistsError:
-        return False
-    finally:
-        staged.unlink()
-    return True

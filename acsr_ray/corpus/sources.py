@@ -10,9 +10,9 @@ from typing import Any
 
 import fsspec
 import pyarrow.parquet as pq
-from fsspec.core import url_to_fs
 
 from acsr_ray.config import AcsrError
+from acsr_ray.storage import open_filesystem
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2", ".avif"}
@@ -37,6 +37,8 @@ class Shard:
     """Path below the corpus root without suffix; names the output."""
     version: str
     """Size and modification time (or etag): the fast key that tells whether the content may have changed."""
+    digest: str = ""
+    """What an object store says of the content; spares reading it to tell whether it changed."""
 
 
 @dataclass(frozen=True)
@@ -81,13 +83,14 @@ def find_source(location: str) -> list[Shard] | ImageFolder:
         CorpusError: nothing there, or neither Parquet nor images.
     """
     root_uri = absolute_uri(location)
-    fs, root = url_to_fs(root_uri)
+    fs, root = open_filesystem(root_uri)
     if not fs.exists(root):
         raise CorpusError(f"input {root_uri} does not exist")
     if fs.isfile(root):
         if not root.endswith(".parquet"):
             raise CorpusError(f"input {root_uri} is neither a .parquet file nor a folder")
-        return [Shard(fs.unstrip_protocol(root), PurePosixPath(root).stem, _version(fs.info(root)))]
+        info = fs.info(root)
+        return [Shard(fs.unstrip_protocol(root), PurePosixPath(root).stem, _version(info), _digest(info))]
     found = fs.find(root, detail=True)
     visible = {PurePosixPath(path).relative_to(PurePosixPath(root)): info for path, info in found.items()}
     files = {
@@ -96,7 +99,7 @@ def find_source(location: str) -> list[Shard] | ImageFolder:
         if not any(part.startswith(".") for part in relative.parts)
     }
     shards = [
-        Shard(fs.unstrip_protocol(info["name"]), str(relative.with_suffix("")), _version(info))
+        Shard(fs.unstrip_protocol(info["name"]), str(relative.with_suffix("")), _version(info), _digest(info))
         for relative, info in files.items()
         if relative.suffix == ".parquet" and not any(part.startswith("_") for part in relative.parts)
     ]
@@ -126,6 +129,22 @@ def _version(info: dict[str, Any]) -> str:
     stamps = (info.get(key) for key in STAMPS)
     stamp = next((value for value in stamps if value), None)
     return "" if stamp is None else f"{info['size']}-{stamp}"
+
+
+def _digest(info: dict[str, Any]) -> str:
+    tag = str(info.get("ETag") or info.get("etag") or "")
+    # A weak tag promises the same meaning, not the same bytes.
+    return f"etag {tag}" if tag and not tag.startswith("W/") else ""
+
+
+def version_of(uri: str) -> str:
+    """Return the version of a file as it is now, as `Shard.version` has it.
+
+    Raises:
+        FileNotFoundError: it is no longer there.
+    """
+    fs, path = open_filesystem(uri)
+    return _version(fs.info(path))
 
 
 def open_parquet(uri: str) -> pq.ParquetFile:

@@ -8,9 +8,8 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from types import MappingProxyType
 from typing import Self
 
 import fsspec
@@ -19,6 +18,7 @@ import pyarrow.parquet as pq
 
 from acsr_ray.artifacts import json_digest
 from acsr_ray.columns import IMAGE, LABEL, PREFIX
+from acsr_ray.corpus.containers import ContainerError
 from acsr_ray.corpus.schema import IMAGE_TYPE, image_features
 from acsr_ray.corpus.sources import (
     CorpusError,
@@ -27,6 +27,7 @@ from acsr_ray.corpus.sources import (
     Shard,
     find_source,
     open_parquet,
+    version_of,
 )
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,24 @@ class Unit:
         return cls(**{**fields, "files": files, "class_names": tuple(fields["class_names"])})
 
 
+@dataclass(frozen=True)
+class UnitPlan:
+    """How a corpus is cut into units."""
+
+    image_column: str = IMAGE
+    """Name of the image column in Parquet shards."""
+    unit_rows: int = 256
+    """Most rows of a unit."""
+    unit_megabytes: float = 32.0
+    """Decoded MiB aimed at; units of large images have fewer rows."""
+    purified: bool = False
+    """Whether shards that were purified before will do."""
+
+
+class ShardChangedError(CorpusError):
+    """A shard that is not what it was when it was planned: its units are planned anew."""
+
+
 def plan_units(
     location: str,
     *,
@@ -85,7 +104,6 @@ def plan_units(
     unit_rows: int,
     unit_megabytes: float,
     limit: int | None,
-    known: Mapping[str, tuple[str, str]] = MappingProxyType({}),
     purified: bool = False,
 ) -> list[Unit]:
     """Cut a corpus into units in input order.
@@ -96,34 +114,42 @@ def plan_units(
         unit_rows: most rows of a unit.
         unit_megabytes: decoded MiB aimed at; units of large images have fewer rows.
         limit: only the first so many rows of the corpus.
-        known: (version, content digest) of shards by URI; a shard of that version is not hashed again.
         purified: whether shards that were purified before will do.
 
     Raises:
         CorpusError: an unusable schema, or nothing to read.
     """
+    plan = UnitPlan(image_column, unit_rows, unit_megabytes, purified)
     source = find_source(location)
-    if isinstance(source, ImageFolder) and image_column != IMAGE:
-        raise CorpusError(f"{location} is a folder of images, whose column is always {IMAGE!r}")
-    if isinstance(source, ImageFolder) and source.num_skipped:
-        logger.info("%d files of %s are not images by their names", source.num_skipped, location)
-    units: list[Unit] = []
-    left = limit
-    planned = (
-        _folder_units(source, unit_rows, unit_megabytes)
-        if isinstance(source, ImageFolder)
-        else _shard_units(source, image_column, unit_rows, unit_megabytes, known, purified)
-    )
-    for unit in planned:
-        if left == 0:
-            break
-        if left is not None and unit.num_rows > left:
-            unit = _shortened(unit, left)
-        units.append(unit)
-        left = None if left is None else left - unit.num_rows
+    if isinstance(source, ImageFolder):
+        check_folder(source, location, image_column)
+        planned = folder_units(source, plan)
+    else:
+        planned = (unit for shard in source for unit in shard_units(shard, plan))
+    units = list(limited(planned, limit))
     if not units:
         raise CorpusError(f"input {location} has no rows")
     return units
+
+
+def check_folder(folder: ImageFolder, location: str, image_column: str) -> None:
+    """Raise `CorpusError` if a folder of images is asked for a column that it has not."""
+    if image_column != IMAGE:
+        raise CorpusError(f"{location} is a folder of images, whose column is always {IMAGE!r}")
+    if folder.num_skipped:
+        logger.info("%d files of %s are not images by their names", folder.num_skipped, location)
+
+
+def limited(units: Iterable[Unit], limit: int | None) -> Iterator[Unit]:
+    """Yield units up to so many rows, the last one cut."""
+    left = limit
+    for unit in units:
+        if left == 0:
+            return
+        if left is not None and unit.num_rows > left:
+            unit = _shortened(unit, left)
+        yield unit
+        left = None if left is None else left - unit.num_rows
 
 
 def _shortened(unit: Unit, rows: int) -> Unit:
@@ -131,38 +157,38 @@ def _shortened(unit: Unit, rows: int) -> Unit:
     return Unit(**fields)
 
 
-def _shard_units(
-    shards: Sequence[Shard],
-    image_column: str,
-    unit_rows: int,
-    unit_megabytes: float,
-    known: Mapping[str, tuple[str, str]],
-    purified: bool,
-) -> Iterator[Unit]:
-    for shard in shards:
-        try:
-            with open_parquet(shard.uri) as file:
-                check_schema(file.schema_arrow, image_column, shard.uri, purified)
-                num_rows, encoded = file.metadata.num_rows, _image_bytes(file, image_column)
-        except (pa.ArrowException, OSError) as error:
-            raise CorpusError(f"{shard.uri} is not a readable Parquet file: {error}") from error
-        if not num_rows:
-            continue
-        version, content = known.get(shard.uri, ("", ""))
-        if not version or version != shard.version:
-            content = _file_digest(shard.uri)
-        fitting = int(unit_megabytes * 2**20 * num_rows / max(1, encoded * EXPANSION))
-        step = max(1, min(unit_rows, fitting))
-        for first in range(0, num_rows, step):
-            last = min(first + step, num_rows) - 1
-            yield Unit(shard.uri, shard.relative, first, last, content, version=shard.version)
+def shard_units(shard: Shard, plan: UnitPlan, content: str = "") -> Iterator[Unit]:
+    """Cut one shard into units.
+
+    Args:
+        shard: a Parquet file.
+        plan: how.
+        content: digest of its bytes where that is known; else the store's own, else all of it is read.
+
+    Raises:
+        CorpusError: it is not readable, or cannot be purified.
+    """
+    try:
+        with open_parquet(shard.uri) as file:
+            check_schema(file.schema_arrow, plan.image_column, shard.uri, plan.purified)
+            num_rows, encoded = file.metadata.num_rows, _image_bytes(file, plan.image_column)
+    except (pa.ArrowException, OSError) as error:
+        raise ContainerError(f"{shard.uri} is not a readable Parquet file: {error}") from error
+    if not num_rows:
+        return
+    content = content or shard.digest or _file_digest(shard.uri)
+    fitting = int(plan.unit_megabytes * 2**20 * num_rows / max(1, encoded * EXPANSION))
+    step = max(1, min(plan.unit_rows, fitting))
+    for first in range(0, num_rows, step):
+        last = min(first + step, num_rows) - 1
+        yield Unit(shard.uri, shard.relative, first, last, content, version=shard.version)
 
 
 def check_schema(schema: pa.Schema, image_column: str, uri: str, purified: bool = False) -> None:
     """Raise `CorpusError` unless a shard can be purified as it is, or, if `purified`, was and can be read."""
     taken = [name for name in schema.names if name.startswith(PREFIX)]
     if taken and not purified:
-        raise CorpusError(f"{uri} already has {', '.join(taken)}: it was purified before")
+        raise ContainerError(f"{uri} already has {', '.join(taken)}: it was purified before")
     if image_column not in schema.names:
         raise CorpusError(
             f"{uri} has no column {image_column!r} (--image-column names it); "
@@ -197,9 +223,10 @@ def _file_digest(uri: str) -> str:
     return digest.hexdigest()
 
 
-def _folder_units(folder: ImageFolder, unit_rows: int, unit_megabytes: float) -> Iterator[Unit]:
+def folder_units(folder: ImageFolder, plan: UnitPlan) -> Iterator[Unit]:
+    """Cut a folder of images into runs of its sorted files."""
     first = 0
-    for files in _runs(folder.files, unit_rows, unit_megabytes * 2**20 / EXPANSION):
+    for files in _runs(folder.files, plan.unit_rows, plan.unit_megabytes * 2**20 / EXPANSION):
         # Without a version the content is unknown; the time of planning then stands for it.
         content = json_digest([[file.path, file.version or time.time_ns()] for file in files])
         rows = tuple((file.uri, file.path, folder.label(file)) for file in files)
@@ -225,7 +252,8 @@ def read_unit(unit: Unit) -> pa.Table:
     """Read a unit's rows with all their columns and the shard's schema metadata.
 
     Raises:
-        CorpusError: the shard has fewer rows than when it was planned.
+        ShardChangedError: the shard is not what it was when it was planned.
+        FileNotFoundError: it is no longer there.
     """
     if unit.files:
         return _read_files(unit)
@@ -239,8 +267,10 @@ def read_unit(unit: Unit) -> pa.Table:
                 groups.append(group)
             start = end
         table = file.read_row_groups(groups).slice(unit.first - skipped, unit.num_rows)
-    if table.num_rows != unit.num_rows:
-        raise CorpusError(f"{unit.uri} changed while it was read: rows {unit.first}..{unit.last}")
+    # After the rows, so that what was read is of the version that was planned.
+    same = not unit.version or version_of(unit.uri) == unit.version
+    if table.num_rows != unit.num_rows or not same:
+        raise ShardChangedError(f"{unit.uri} changed after it was planned: rows {unit.first}..{unit.last}")
     return table
 
 

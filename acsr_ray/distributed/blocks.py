@@ -1,7 +1,8 @@
 """Ray Data steps that keep one block = one unit: whole blocks in, whole blocks out."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -22,6 +23,9 @@ def unit_blocks(units: Sequence[Unit]) -> Dataset:
     # Jobs print their own progress; Ray Data's plan and memory advice stay in its log files.
     context.enable_progress_bars = False
     context.issue_detectors_config.detectors = []
+    # Ray restarts what dies after its start for ever; what dies before it is ready is tried three times more.
+    context.max_consecutive_actor_init_deaths = 3
+    context.max_errored_blocks = 0
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     # Not from_arrow: it looks at every block in a task of a whole CPU, which waits for ever where training
@@ -53,16 +57,27 @@ def map_in_actors(
     actors: int,
     cpus: float,
     gpus: float = 0.0,
+    chain: Callable[..., StageChain] = StageChain,
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> Dataset:
     """Apply stages to every block, in a pool of actors of fixed size.
+
+    Args:
+        blocks: what to apply them to.
+        stages: class and constructor's arguments of each.
+        actors: size of the pool.
+        cpus: of each actor.
+        gpus: share of each actor.
+        chain: what runs the stages in an actor.
+        options: further arguments of the chain.
 
     Actors also for stages without a model: beside as many actors as CPUs, Ray ends every idle worker within
     a second, and a task that needs a new one pays for its imports, several seconds.
     """
     # Not map_batches: with GPUs it insists on a number of rows per call, and a call here is a whole block.
     return blocks.map_batches_internal(
-        StageChain,
-        fn_constructor_kwargs={"stages": stages},
+        chain,
+        fn_constructor_kwargs={"stages": stages, **options},
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=cpus,

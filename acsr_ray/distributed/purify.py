@@ -1,29 +1,41 @@
 """Purify a corpus on Ray Data: read -> decode -> encode -> select -> purify -> write, one block per unit."""
 
+import json
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
+import ray
 from pydantic import Field
+from ray.actor import ActorHandle
 from ray.data import Dataset
 
-from acsr_ray.artifacts import json_digest
+from acsr_ray.artifacts import MANIFEST, json_digest
 from acsr_ray.columns import IMAGE
-from acsr_ray.config import Device, JobSettings
+from acsr_ray.config import Device, FailedError, JobSettings
+from acsr_ray.corpus.changes import list_corpus
 from acsr_ray.corpus.images import DecodeLimits
-from acsr_ray.corpus.ledger import Ledger, Receipt, total
-from acsr_ray.corpus.sources import CorpusError, absolute_uri
-from acsr_ray.corpus.units import Unit, plan_units
+from acsr_ray.corpus.lease import Lease
+from acsr_ray.corpus.ledger import Ledger
+from acsr_ray.corpus.night import Night, NightSettings
+from acsr_ray.corpus.sources import CorpusError, ImageFolder, absolute_uri
+from acsr_ray.corpus.stopping import StopRequest, stop_request
+from acsr_ray.corpus.units import Unit, UnitPlan, check_folder
 from acsr_ray.distributed.blocks import Stage, map_in_actors, unit_blocks
+from acsr_ray.distributed.overseer import start_overseer
 from acsr_ray.distributed.runtime import (
     RaySettings,
     StageShares,
     ray_session,
     share_resources,
 )
+from acsr_ray.distributed.watching import Watch, WatchedChain
+from acsr_ray.distributed.wave import Limits, check_room, run_wave
 from acsr_ray.models.targets import absolute_location
 from acsr_ray.purification.bundle import (
     ALGORITHM_VERSION,
@@ -37,15 +49,17 @@ from acsr_ray.purification.options import Precision, PurifyOptions, Reconstructi
 from acsr_ray.purification.stages import (
     DecodeImages,
     EncodeImages,
+    OnFailure,
     PurifyImages,
     ReadUnits,
     SelectClusters,
     WriteUnits,
 )
+from acsr_ray.storage import Storage
 
 logger = logging.getLogger(__name__)
 
-PROGRESS_SECONDS = 10.0
+SHOWN_FAILURES = 5
 
 
 class PurifyCorpusSettings(JobSettings):
@@ -57,7 +71,7 @@ class PurifyCorpusSettings(JobSettings):
     input: str | None = None
     """Parquet file, folder of Parquet files, or folder of images; path or fsspec URI."""
     output: str | None = None
-    """Folder for the result, on a disk that all nodes share; the demo's default is ./demo."""
+    """Folder on a disk that all nodes share, or s3:// or gs:// URI; the demo's default is ./demo."""
     bundle: str = DEFAULT_BUNDLE
     """What to purify with: a bundle's directory, or the name of a packaged one."""
     reconstruction: Reconstruction | None = None
@@ -86,12 +100,32 @@ class PurifyCorpusSettings(JobSettings):
     """Most rows per unit, which is what a rerun skips or redoes as a whole."""
     unit_megabytes: float = Field(32.0, gt=0)
     """Decoded MiB aimed at per unit; units of large images have fewer rows."""
+    anew: bool = False
+    """Purify all of it again where the settings or the bundle are not those of the output, and replace it."""
+    on_failure: OnFailure = "low_band"
+    """What becomes of an image that the solver fails on: only its low band, or, unsafe, the image itself."""
+    wave_units: int = Field(2048, ge=1)
+    """Most units between two snapshots; bounds the driver's memory."""
+    stage_timeout_s: float = Field(900.0, gt=0)
+    """Seconds that a stage may work on one unit before its worker is taken for hung and killed."""
+    min_free_megabytes: int = Field(256, ge=0)
+    """Room that must be left on the output's disk; below it the job stops cleanly."""
     device: Device = "auto"
     """Where encoder and solver run; auto takes GPUs when the cluster has some."""
     decode: DecodeLimits = DecodeLimits()
     """Limits on encoded and decoded images."""
     ray: RaySettings = RaySettings()
     """Where Ray runs and how much of it to take."""
+
+    @property
+    def min_free_bytes(self) -> int:
+        """`min_free_megabytes` in bytes."""
+        return self.min_free_megabytes * 2**20
+
+    @property
+    def plan(self) -> UnitPlan:
+        """How to cut the corpus."""
+        return UnitPlan(self.image_column, self.unit_rows, self.unit_megabytes)
 
     @property
     def options(self) -> PurifyOptions:
@@ -108,13 +142,14 @@ def purify_corpus(settings: PurifyCorpusSettings) -> dict[str, Any]:
     """Purify a corpus and return the closing summary.
 
     Raises:
-        CorpusError: input or output that cannot be used; nothing was written then.
+        CorpusError: input or output that cannot be used, or another run holds the output.
         ArtifactError: a bundle that is absent or was changed.
+        FailedError: units that could not be done; the others were.
+        ResumableStop: a clean stop before the end, on request or because storage failed.
     """
     if not settings.input or not settings.output:
         raise CorpusError("--input and --output are needed (or --demo, which needs neither)")
-    output = _local_output(settings.output, settings.input)
-    ledger = Ledger(output)
+    ledger = Ledger(_output_location(settings.output, settings.input))
     deciding = deciding_settings(settings)
     bound = {
         **deciding,
@@ -124,38 +159,74 @@ def purify_corpus(settings: PurifyCorpusSettings) -> dict[str, Any]:
         "unit_megabytes": settings.unit_megabytes,
     }
     load_bundle(settings.bundle).config.with_reconstruction(settings.reconstruction)
-    ledger.check(bound)
-    units = plan_units(
-        settings.input,
-        image_column=settings.image_column,
-        unit_rows=settings.unit_rows,
-        unit_megabytes=settings.unit_megabytes,
-        limit=settings.limit,
-        known=ledger.known_shards(),
-    )
-    ledger.claim(bound)
-    fingerprint = json_digest(deciding)
-    names = {unit.output_name(fingerprint): unit for unit in units}
-    finished = ledger.finished() & names.keys()
-    pending = [unit for name, unit in names.items() if name not in finished]
-    superseded = frozenset(name.split(".rows-")[0] for name in ledger.published() - names.keys())
-    logger.info("%d units, %d finished before", len(units), len(finished))
+    manifest = json.loads((find_bundle(settings.bundle) / MANIFEST).read_bytes())
+    if not settings.anew:
+        ledger.check(bound, manifest)
+    source = list_corpus(settings.input)
+    if isinstance(source, ImageFolder):
+        check_folder(source, settings.input, settings.image_column)
+    asked = NightSettings(settings.plan, json_digest(deciding), settings.limit, settings.wave_units)
     started = time.perf_counter()
-    if pending:
-        writer = {
-            "output": output,
-            "fingerprint": fingerprint,
-            "image_column": settings.image_column,
-            "keep_original": settings.keep_original,
-            "parked": superseded,
-        }
-        _run(settings, pending, writer)
-    elapsed = time.perf_counter() - started
-    receipts = [ledger.receipt(name) for name in names]
-    summary = _summary(receipts, names, finished, elapsed, str(ledger.data))
-    ledger.commit(receipts, {u.uri: (u.version, u.content) for u in units if u.version})
-    ledger.report({**bound, **summary, "elapsed_s": round(elapsed, 1)})
+    with stop_request() as stop, Lease(ledger.storage) as lease, Pipelines(settings, stop) as pipelines:
+        check_room(ledger.storage, settings.min_free_bytes)
+        ledger.claim(bound, manifest)
+
+        def purify_units(units: list[Unit], parked: frozenset[str]) -> Iterator[pa.Table]:
+            writer = {
+                "output": ledger.output,
+                "fingerprint": asked.fingerprint,
+                "image_column": settings.image_column,
+                "keep_original": settings.keep_original,
+                "parked": parked,
+                "lease": lease.number,
+            }
+            return pipelines.run(units, writer, ledger.storage)
+
+        night = Night(asked, ledger, lease, stop, purify_units)
+        night.run(source)
+        elapsed = time.perf_counter() - started
+        summary = night.summary(elapsed)
+        ledger.report({**bound, **summary, "elapsed_s": round(elapsed, 1)})
+    if night.failed:
+        shown = "; ".join(f"{name}: {why}" for name, why in islice(night.failed.items(), SHOWN_FAILURES))
+        raise FailedError(f"{len(night.failed)} units failed, the others are done: {shown}")
     return summary
+
+
+class Pipelines:
+    """Ray, from the first wave that needs it to the end of the run.
+
+    Args:
+        settings: of the job.
+        stop: listens again after Ray has taken the signal.
+    """
+
+    def __init__(self, settings: PurifyCorpusSettings, stop: StopRequest) -> None:
+        self._settings, self._stop = settings, stop
+        self._open = ExitStack()
+        self._overseer: ActorHandle[Any] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
+
+    def run(self, units: list[Unit], writer: dict[str, Any], storage: Storage) -> Iterator[pa.Table]:
+        """Yield a table per unit: its receipt, or why it failed."""
+        settings = self._settings
+        if self._overseer is None:
+            self._open.enter_context(ray_session(settings.ray))
+            self._stop.listen()
+            self._overseer = start_overseer(storage.root)
+        shares = share_resources(settings.device, settings.ray, len(units))
+        logger.info("batch size %d, %s", settings.batch_size, shares)
+        context = ray.data.DataContext.get_current()
+        # The watchdog acts long before; this is for a cluster that gives no actor a place.
+        context.execution_no_progress_timeout_s = max(1800.0, 4 * settings.stage_timeout_s)
+        pipeline = build_pipeline(settings, units, writer, shares, self._overseer)
+        limits = Limits(settings.stage_timeout_s, settings.min_free_bytes)
+        yield from run_wave(pipeline, self._overseer, storage, self._stop, limits)
 
 
 def deciding_settings(settings: PurifyCorpusSettings) -> dict[str, Any]:
@@ -163,47 +234,21 @@ def deciding_settings(settings: PurifyCorpusSettings) -> dict[str, Any]:
     return {
         "algorithm_version": ALGORITHM_VERSION,
         "bundle_digest": bundle_digest(settings.bundle),
-        "decode": settings.decode.model_dump(mode="json"),
+        # Only what differs from the defaults, so that a new limit leaves older outputs valid.
+        "decode": settings.decode.model_dump(mode="json", exclude_defaults=True),
         "image_column": settings.image_column,
         "keep_original": settings.keep_original,
-        # Only what differs from the defaults, so that a new option leaves older outputs valid.
+        **({} if settings.on_failure == "low_band" else {"on_failure": settings.on_failure}),
         **load_bundle(settings.bundle).config.changed(settings.options),
         **doubt_settings(settings.doubt, settings.target, settings.bundle, settings.options),
     }
 
 
-def _local_output(output: str, source: str) -> str:
-    path = absolute_uri(output)
-    if "://" in path:
-        raise CorpusError(f"--output must be a folder on a shared disk, got {output}")
-    origin = absolute_uri(source).removesuffix("/")
+def _output_location(output: str, source: str) -> str:
+    path, origin = absolute_uri(output), absolute_uri(source).removesuffix("/")
     if f"{path}/".startswith(f"{origin}/"):
         raise CorpusError(f"--output {path} lies inside --input {origin}")
     return path
-
-
-def _run(settings: PurifyCorpusSettings, units: list[Unit], writer: dict[str, Any]) -> None:
-    with ray_session(settings.ray):
-        shares = share_resources(settings.device, settings.ray, len(units))
-        logger.info("batch size %d, %s", settings.batch_size, shares)
-        rows, started, reported = 0, time.perf_counter(), time.perf_counter()
-        planned = sum(unit.num_rows for unit in units)
-        for rows_done in _published_rows(build_pipeline(settings, units, writer, shares)):
-            rows += rows_done
-            now = time.perf_counter()
-            if now - reported >= PROGRESS_SECONDS:
-                reported = now
-                rate = rows / (now - started)
-                left = (planned - rows) / rate
-                logger.info("%d of %d images, %.1f/s, %.0f s left", rows, planned, rate, left)
-
-
-def _published_rows(pipeline: Dataset) -> Iterator[int]:
-    tables: Iterable[pa.Table] = pipeline.iter_batches(
-        batch_size=None, batch_format="pyarrow", prefetch_batches=0
-    )
-    for table in tables:
-        yield from table["rows"].to_pylist()
 
 
 def build_pipeline(
@@ -211,8 +256,9 @@ def build_pipeline(
     units: list[Unit],
     writer: dict[str, Any],
     shares: StageShares,
+    overseer: "ActorHandle[Any]",
 ) -> Dataset:
-    """Return the lazy pipeline from units to one row (name, rows) per published unit."""
+    """Return the lazy pipeline from units to one row per unit: its name and receipt, or why it failed."""
     bundle = str(find_bundle(settings.bundle))
     threads = settings.ray.threads_per_actor
     model = {
@@ -222,21 +268,28 @@ def build_pipeline(
         "batch_size": settings.batch_size,
         "options": settings.options,
     }
+
+    def watched(position: str) -> dict[str, Any]:
+        watch = Watch(overseer, writer["fingerprint"], position)
+        return {"chain": WatchedChain, "options": {"watch": watch}}
+
+    purifying = {**model, "on_failure": settings.on_failure}
     decoded = map_in_actors(
         unit_blocks(units),
         (ReadUnits, {}),
         (DecodeImages, {"image_column": settings.image_column, "limits": settings.decode}),
         actors=shares.codec_actors,
         cpus=shares.codec_cpus,
+        **watched("first"),
     )
     encode: Stage = (EncodeImages, model)
     select: Stage = (SelectClusters, {"bundle": bundle, "threads": threads, "options": settings.options})
-    purify: Stage = (PurifyImages, model)
+    purify: Stage = (PurifyImages, purifying)
     if settings.doubt is not None:
         # Workers have other working directories.
         target = settings.target and absolute_location(settings.target)
         doubt = str(Path(settings.doubt).resolve())
-        purify = PurifyWithDoubt, {"purify": model, "doubt": doubt, "target": target}
+        purify = PurifyWithDoubt, {"purify": purifying, "doubt": doubt, "target": target}
     if shares.encode_actors:
         encoded = map_in_actors(
             decoded,
@@ -244,38 +297,22 @@ def build_pipeline(
             actors=shares.encode_actors,
             cpus=shares.encode_cpus,
             gpus=shares.encode_gpus,
+            **watched("middle"),
         )
-        selected = map_in_actors(encoded, select, actors=1, cpus=shares.select_cpus)
+        selected = map_in_actors(encoded, select, actors=1, cpus=shares.select_cpus, **watched("middle"))
         stages, cpus = [purify], shares.purify_cpus
     else:
         selected, stages = decoded, [encode, select, purify]
         cpus = shares.encode_cpus + shares.purify_cpus
     purified = map_in_actors(
-        selected, *stages, actors=shares.purify_actors, cpus=cpus, gpus=shares.purify_gpus
+        selected,
+        *stages,
+        actors=shares.purify_actors,
+        cpus=cpus,
+        gpus=shares.purify_gpus,
+        **watched("middle"),
     )
     write: Stage = (WriteUnits, writer)
-    return map_in_actors(purified, write, actors=shares.codec_actors, cpus=shares.codec_cpus)
-
-
-def _summary(
-    receipts: list[Receipt],
-    names: dict[str, Unit],
-    finished: set[str],
-    elapsed: float,
-    data: str,
-) -> dict[str, Any]:
-    new = sum(unit.num_rows for name, unit in names.items() if name not in finished)
-    sums = total(receipts)
-    planned = sum(unit.num_rows for unit in names.values())
-    if sums["rows"] != planned:
-        raise RuntimeError(f"{sums['rows']} rows were published of {planned}; see {data}")
-    return {
-        "images": sums["rows"],
-        "statuses": sums["statuses"],
-        "quarantined": sums["quarantined"],
-        "this run": f"{new} images in {len(names) - len(finished)} units"
-        if new
-        else "nothing to do, every unit was finished before",
-        "images/s": round(new / elapsed, 1) if new else 0.0,
-        "output": data,
-    }
+    return map_in_actors(
+        purified, write, actors=shares.codec_actors, cpus=shares.codec_cpus, **watched("last")
+    )

@@ -134,6 +134,12 @@ def node_resources() -> list[dict[str, float]]:
     return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
 
+def draining_nodes() -> frozenset[str]:
+    """Return the ids of nodes that were told to leave, such as spot machines that were given notice."""
+    # Ray has no public call for it; its own trainer asks in this way.
+    return frozenset(ray._private.state.state.get_draining_nodes())
+
+
 def check_task(what: str, cpus: float, gpus: float) -> None:
     """Raise `ResourceError` unless some node can hold a task; it would wait for ever without a word."""
     nodes = node_resources()

@@ -12,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 
@@ -162,6 +163,15 @@ class Bundle:
             raise ArtifactError(f"dictionaries must be ({count}, M, 3, h, w), got {tuple(self.atoms.shape)}")
         if self.gaussians.whitening.shape != (count, latent, latent):
             raise ArtifactError(f"whitening must be ({count}, {latent}, {latent})")
+        learnt = {
+            "encoder": self.encoder,
+            "clusters": {"mean": self.gaussians.mean, "whitening": self.gaussians.whitening},
+            "dictionaries": {"atoms": self.atoms},
+            "reconstruction": self.reconstruction,
+        }
+        for part, tensors in learnt.items():
+            if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+                raise ArtifactError(f"the bundle's {part} are not all finite: it can purify nothing")
         if (self.config.unrolled is None) != (not self.reconstruction):
             raise ArtifactError("an unrolled reconstruction needs both its settings and its weights")
 

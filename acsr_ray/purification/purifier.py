@@ -161,7 +161,8 @@ class Purifier(nn.Module):
         rebuilt = torch.stack(
             [self._rebuild(lowpass, highpass, index) for index in self._clusters(selection).T]
         ).mean(0)
-        solved = torch.isfinite(rebuilt).flatten(1).all(1)
+        # A latent that is not finite chose no cluster, whatever index came of it.
+        solved = torch.isfinite(rebuilt).flatten(1).all(1) & torch.isfinite(selection.distance)
         rebuilt = torch.where(solved.view(-1, 1, 1, 1), rebuilt, lowpass)
         return self._outcome(images, rebuilt.clamp(0, 1), selection, solved)
 

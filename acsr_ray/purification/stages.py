@@ -5,8 +5,11 @@ with a null image and a reason. Pixels travel as raw bytes with height and width
 of `acsr_ray.columns` that a stage reads and adds.
 """
 
+import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from dataclasses import asdict
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +27,7 @@ from acsr_ray.columns import (
     LATENT,
     ORIGINAL,
     OUTCOME,
+    PASSED_THROUGH,
     PIXELS,
     PURIFIED,
     QUARANTINED,
@@ -47,6 +51,9 @@ from acsr_ray.corpus.ledger import Ledger
 from acsr_ray.corpus.units import Unit, read_unit
 from acsr_ray.purification.options import PurifyOptions
 from acsr_ray.purification.purifier import Purifier
+from acsr_ray.storage import patiently
+
+OnFailure = Literal["low_band", "pass_through"]
 
 BATCH_PIXELS = 2**24
 """Most pixels per call, whatever the batch size: a memory limit for large images."""
@@ -58,7 +65,8 @@ class ReadUnits:
     def __call__(self, units: pa.Table) -> pa.Table:
         """Read the unit named in the only row of the table."""
         (text,) = units[UNIT].to_pylist()
-        table = read_unit(Unit.from_json(text))
+        unit = Unit.from_json(text)
+        table = patiently(lambda: read_unit(unit), f"reading {unit.uri}")
         # One value in a dictionary: the unit reaches the writer without a copy per row.
         return table.append_column(UNIT, pa.array([text] * table.num_rows).dictionary_encode())
 
@@ -166,40 +174,60 @@ class PurifyImages:
         device: `cpu` or `cuda`.
         batch_size: most rows per call; decides memory, never pixels.
         options: of the purifier.
+        on_failure: what becomes of a row that the solver has no finite result for: its low band, or itself.
     """
 
     def __init__(
-        self, bundle: str, device: str, batch_size: int, threads: int, options: PurifyOptions | None = None
+        self,
+        bundle: str,
+        device: str,
+        batch_size: int,
+        threads: int,
+        options: PurifyOptions | None = None,
+        on_failure: OnFailure = "low_band",
     ) -> None:
         torch.set_num_threads(threads)
         self.purifier = Purifier.load(bundle, device, options)
         self.batch_size = batch_size
+        self.on_failure = on_failure
 
     @torch.inference_mode()
     def __call__(self, table: pa.Table) -> pa.Table:
         """Purify every decoded row; where the solver fails, the low band stands and the reason says so."""
         pixels: list[bytes | None] = [None] * table.num_rows
         residual: list[float | None] = [None] * table.num_rows
-        reasons = table[REASON].to_pylist()
+        reasons, statuses = table[REASON].to_pylist(), table[STATUS].to_pylist()
         indices, distances = table[INDEX].to_pylist(), table[DISTANCE].to_pylist()
+        before = table[PIXELS].to_pylist() if self.on_failure == "pass_through" else []
         for rows, images in batches_by_size(table, self.batch_size):
             nearest = torch.tensor([indices[row] for row in rows]).to(self.purifier.device)
             distance = torch.tensor([distances[row] for row in rows]).to(self.purifier.device)
             selection = Selection(nearest[:, 0], distance, nearest)
             outcome = self.purifier.reconstruct(images.to(self.purifier.device), selection)
+            if not torch.isfinite(outcome.images).all():
+                raise ArithmeticError("an image's low band is not finite")
             purified = to_pixels(outcome.images.cpu().numpy())
             columns = (rows, purified, outcome.residual.tolist(), outcome.solved.tolist())
             for row, image, change, solved in zip(*columns, strict=True):
                 pixels[row], residual[row] = image.tobytes(), change
                 if not solved:
                     reasons[row] = "solver_fallback"
+                    if self.on_failure == "pass_through":
+                        pixels[row], residual[row], statuses[row] = before[row], 0.0, PASSED_THROUGH
         table = _replace(table, PIXELS, pa.array(pixels, pa.large_binary()))
+        table = _replace(table, STATUS, pa.array(statuses, pa.string()))
+        known = [distance is not None and math.isfinite(distance) for distance in distances]
+        for name in (CLASS, CLUSTER, DISTANCE):
+            # A distance that is not finite chose nothing.
+            column = table[name]
+            kept = pa.array([row if there else None for row, there in enumerate(known)], pa.int64())
+            table = _replace(table, name, column.take(kept))
         table = _replace(table, REASON, pa.array(reasons, pa.string()))
         return table.append_column(RESIDUAL, pa.array(residual, pa.float32()))
 
 
 class WriteUnits:
-    """Encode PNG and publish the unit.  Reads everything.  Gives one row per unit: its receipt's name.
+    """Encode PNG and publish the unit.  Reads everything.  Gives one row per unit: name, receipt as JSON.
 
     Args:
         output: the output folder.
@@ -207,6 +235,7 @@ class WriteUnits:
         image_column: name of the image column.
         keep_original: also write the original image as `acsr_original`.
         parked: shards with superseded files, whose new units stay hidden until the snapshot is committed.
+        lease: number of the run's lease; 0 publishes without one.
     """
 
     def __init__(
@@ -216,7 +245,9 @@ class WriteUnits:
         image_column: str,
         keep_original: bool,
         parked: frozenset[str] = frozenset(),
+        lease: int = 0,
     ) -> None:
+        self.lease = lease
         self.ledger = Ledger(output)
         self.fingerprint = fingerprint
         self.image_column = image_column
@@ -235,6 +266,11 @@ class WriteUnits:
             None if pixels is None else encode_png(_array(pixels, height, width))
             for pixels, height, width in _pixel_rows(table)
         ]
+        passed = [status == PASSED_THROUGH for status in table[STATUS].to_pylist()]
+        if any(passed):
+            # What was not touched is not encoded again.
+            whole = zip(encoded, image_bytes(original), passed, strict=True)
+            encoded = [data if through else new for new, data, through in whole]
         quarantine = self._quarantine(table, unit)
         # Last, however early it was added.
         ours = [*OUTCOME.names, *({DOUBT} & set(table.column_names))]
@@ -246,8 +282,16 @@ class WriteUnits:
         if self.keep_original:
             kept = pa.array([i if e is not None else None for i, e in enumerate(encoded)], pa.int64())
             purified = purified.append_column(ORIGINAL, original.take(kept))
-        receipt = self.ledger.publish(name, purified, quarantine, parked=unit.relative in self.parked)
-        return pa.table({"name": [receipt.name], "rows": [receipt.rows]})
+        receipt = self.ledger.publish(
+            name,
+            purified,
+            quarantine,
+            parked=unit.relative in self.parked,
+            first=unit.first,
+            lease=self.lease,
+        )
+        told = {"name": receipt.name, "rows": receipt.rows, "receipt": json.dumps(asdict(receipt))}
+        return pa.table({key: [value] for key, value in told.items()})
 
     def _quarantine(self, table: pa.Table, unit: Unit) -> pa.Table:
         rows = [i for i, status in enumerate(table[STATUS].to_pylist()) if status == QUARANTINED]

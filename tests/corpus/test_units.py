@@ -198,5 +198,5 @@ def test_a_shard_that_shrank_after_planning_is_refused(tmp_path, write_shard):
     path = write_shard(tmp_path / "a.parquet", 6, side=4)
     (unit,) = plan(path)
     write_shard(path, 4, side=4)
-    with pytest.raises(CorpusError, match="changed while it was read"):
+    with pytest.raises(CorpusError, match="changed after it was planned"):
         read_unit(unit)

@@ -85,7 +85,7 @@ def test_doubt_is_about_the_image_before_and_the_stored_one_after(
     WriteUnits(str(tmp_path / "out"), "f" * 64, "image", True)(doubted)
     ledger = Ledger(str(tmp_path / "out"))
     (name,) = ledger.published()
-    written = pq.read_table(ledger.data / name)
+    written = pq.read_table(tmp_path / "out" / "data" / name)
     assert written.column_names[-len(OUTCOME.names) - 2 :] == [*OUTCOME.names, DOUBT, ORIGINAL]
     purifier, model = Purifier.load(tiny_bundle), load_doubt(doubt_dir)
     judge = load_judge(purifier, str(tiny_target), model.image_size)

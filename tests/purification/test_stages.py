@@ -1,5 +1,7 @@
 """The stages called in sequence on a shard, without Ray: rows, columns, schema and bytes of the output."""
 
+from pathlib import Path
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -83,7 +85,7 @@ def run(tiny_bundle, tmp_path):
         assert torch.is_grad_enabled()
         ledger = Ledger(output)
         assert ledger.published() == set(names)
-        return [pq.read_table(ledger.data / name) for name in names], ledger
+        return [pq.read_table(Path(ledger.output) / "data" / name) for name in names], ledger
 
     return call
 
@@ -230,7 +232,7 @@ def test_quarantine_says_where_and_why(run, damaged, write_parquet, tmp_path):
     _, ledger = run(path, unit_rows=4)
     rows = []
     for name in sorted(ledger.published()):
-        file = ledger.private / "quarantine" / name
+        file = Path(ledger.output) / "_acsr" / "quarantine" / name
         rows += pq.read_table(file).to_pylist() if file.exists() else []
     assert [list(row) for row in rows] == [["shard", "row", "path", "reason", "bytes"]] * 6
     assert {row["row"]: row["reason"] for row in rows} == EXPECTED
@@ -364,4 +366,4 @@ def test_a_solver_that_fails_is_recorded(tiny_bundle, damaged, write_parquet, tm
     ledger = Ledger(str(tmp_path / "out"))
     (name,) = ledger.published()
     assert "solver_fallback" not in ledger.receipt(name).reasons
-    assert pq.read_table(ledger.data / name)["image"].null_count == 6
+    assert pq.read_table(Path(ledger.output) / "data" / name)["image"].null_count == 6

@@ -1,0 +1,340 @@
+"""One run over a corpus: what is to be done, in waves of units, until each is published or accounted for.
+
+Nothing here knows how units are purified: that is a function from units to tables, each a receipt or a
+failure. What a failure means is decided here: deferred units and those of a changed shard are done again, at
+once; a shard that cannot be read is refused, and the others finish; a stage that fails on a unit is tried
+again, and what fails for good is told at the end.
+"""
+
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+
+from acsr_ray.columns import DETAIL, FAILED, UNIT
+from acsr_ray.config import FailedError, ResumableStop
+from acsr_ray.corpus.changes import (
+    Refused,
+    ShardWork,
+    folder_work,
+    inspect_shard,
+    inspect_shards,
+    list_corpus,
+    unchanged,
+)
+from acsr_ray.corpus.lease import Lease
+from acsr_ray.corpus.ledger import Ledger, shard_of
+from acsr_ray.corpus.snapshot import Receipt, ShardEntry, Snapshot, total
+from acsr_ray.corpus.sources import CorpusError, ImageFolder, Shard
+from acsr_ray.corpus.stopping import StopRequest
+from acsr_ray.corpus.units import Unit, UnitPlan, limited
+from acsr_ray.storage import StorageError
+
+logger = logging.getLogger(__name__)
+
+MOST_TRIES = 3
+"""Of a unit that a stage fails on, and of a shard that changes while it is read."""
+MOST_IDLE_ROUNDS = 20
+IDLE_PAUSE_S = 1.0
+SHOWN = 5
+PROGRESS_SECONDS = 10.0
+
+PurifyUnits = Callable[[list[Unit], frozenset[str]], Iterable[pa.Table]]
+"""From units, and the shards whose new units are parked, to one table per unit."""
+
+
+@dataclass(frozen=True)
+class NightSettings:
+    """What a run is asked for, apart from how units are purified."""
+
+    plan: UnitPlan
+    fingerprint: str
+    limit: int | None = None
+    wave_units: int = 2048
+
+
+class Night:
+    """A run over a corpus; `run` does it, `summary` tells.
+
+    Args:
+        settings: what is asked for.
+        ledger: of the output, claimed.
+        lease: held for it.
+        stop: when made, the run commits what is finished and ends.
+        purify_units: does the work.
+    """
+
+    def __init__(
+        self,
+        settings: NightSettings,
+        ledger: Ledger,
+        lease: Lease,
+        stop: StopRequest,
+        purify_units: PurifyUnits,
+    ) -> None:
+        self.settings, self.ledger, self.lease, self.stop = settings, ledger, lease, stop
+        self.failed: dict[str, str] = {}
+        """Why units could not be done, by output name."""
+        self.refused: dict[str, str] = {}
+        """Why shards could not be read, by URI."""
+        self.removed = 0
+        """Shards that are in the output no more, because they left the input."""
+        self._purify_units = purify_units
+        self._before = self._snapshot = ledger.snapshot()
+        # What a crash after the last commit left half done.
+        ledger.settle(self._snapshot)
+        self._published = ledger.published()
+        self._finished = ledger.finished()
+        self._known = {receipt.name: receipt for receipt in self._snapshot.receipts()}
+        self._entries: dict[str, ShardEntry] = dict(self._snapshot.shards)
+        self._open: dict[str, ShardWork] = {}
+        self._stale: Counter[str] = Counter(shard_of(name) for name in self._published)
+        self._seen: set[str] = set()
+        self._tries: Counter[str] = Counter()
+        self._rows_done = self._units_done = 0
+
+    def run(self, source: list[Shard] | ImageFolder) -> None:
+        """Purify what is new or changed, forget what is gone, and commit.
+
+        Args:
+            source: the corpus as it was listed.
+
+        Raises:
+            CorpusError: nothing of the corpus can be read.
+            ResumableStop: it was asked to stop, or storage failed; what was published is committed.
+            FailedError: the work itself cannot go on.
+        """
+        waiting = self._pending(self._works(source))
+        while wave := dict(islice(waiting, self.settings.wave_units)):
+            self._wave(wave)
+        if not self._seen and self.refused:
+            reasons = list(self.refused.values())
+            raise CorpusError("no shard can be read: " + "; ".join(reasons[:SHOWN]))
+        self._finish()
+        if not any(entry.receipts for entry in self._entries.values()) and not self.failed:
+            raise CorpusError("the input has no rows")
+
+    def summary(self, elapsed_s: float) -> dict[str, Any]:
+        """Return what there is now and what this run did.
+
+        Args:
+            elapsed_s: seconds of the run.
+        """
+        sums = total(self._snapshot.receipts())
+        done = f"{self._rows_done} images in {self._units_done} units"
+        nothing = "nothing to do, every unit was finished before"
+        told: dict[str, Any] = {
+            "images": sums["rows"],
+            "statuses": sums["statuses"],
+            "quarantined": sums["quarantined"],
+            "this run": done if self._units_done else nothing,
+            "images/s": round(self._rows_done / elapsed_s, 1) if self._rows_done else 0.0,
+            "output": f"{self.ledger.output}/data",
+        }
+        extra = {"refused shards": self.refused, "failed units": self.failed, "removed shards": self.removed}
+        return told | {key: value for key, value in extra.items() if value}
+
+    def _works(self, source: list[Shard] | ImageFolder) -> Iterator[ShardWork]:
+        settings = self.settings
+        if isinstance(source, ImageFolder):
+            yield from self._limited([folder_work(source, settings.plan, settings.fingerprint)])
+            return
+        changed = []
+        for shard in source:
+            entry = unchanged(shard, self._snapshot, settings.fingerprint) if settings.limit is None else None
+            if entry is not None and all(receipt.name in self._finished for receipt in entry.receipts):
+                self._seen.add(shard.relative)
+            else:
+                changed.append(shard)
+        logger.info("%d shards, %d of them as they were", len(source), len(source) - len(changed))
+        found = inspect_shards(changed, settings.plan, self._snapshot, settings.fingerprint)
+        yield from self._limited(self._readable(found))
+
+    def _readable(self, found: Iterable[ShardWork | Refused]) -> Iterator[ShardWork]:
+        for work in found:
+            if self.stop.is_made:
+                self._end_wave()
+            if isinstance(work, Refused):
+                self._refuse(work.uri, work.relative, work.reason)
+            else:
+                yield work
+
+    def _limited(self, works: Iterable[ShardWork]) -> Iterator[ShardWork]:
+        left = self.settings.limit
+        for work in works:
+            if left == 0:
+                return
+            if left is not None:
+                work.units = list(limited(work.units, left))
+                left -= sum(unit.num_rows for unit in work.units)
+            yield work
+
+    def _pending(self, works: Iterable[ShardWork]) -> Iterator[tuple[str, Unit]]:
+        """Open each shard and yield its units that are not finished, by output name."""
+        for work in works:
+            self._open[work.relative] = work
+            self._seen.add(work.relative)
+            waiting = []
+            for unit, name in zip(work.units, work.names, strict=True):
+                if name in self._finished:
+                    work.receipts[name] = self._known.get(name) or self.ledger.receipt(name)
+                else:
+                    waiting.append((name, unit))
+            yield from waiting
+
+    def _wave(self, wave: dict[str, Unit]) -> None:
+        logger.info("%d units of %d images", len(wave), sum(unit.num_rows for unit in wave.values()))
+        idle = 0
+        try:
+            while wave and not self.stop.is_made:
+                self.lease.check()
+                before = len(wave), dict(self._tries)
+                self._round(wave)
+                idle = idle + 1 if before == (len(wave), dict(self._tries)) else 0
+                if idle > MOST_IDLE_ROUNDS:
+                    raise ResumableStop("no unit can begin: every node is leaving; the same command resumes")
+                if idle:
+                    time.sleep(IDLE_PAUSE_S)
+        except (FailedError, ResumableStop) as error:
+            self._commit_after(error)
+            raise
+        self._end_wave()
+
+    def _end_wave(self) -> None:
+        self._commit()
+        self.stop.check()
+
+    def _round(self, wave: dict[str, Unit]) -> None:
+        """Run the units of a wave once; those that are done, or never will be, leave it."""
+        parked = frozenset(self._parked(wave))
+        planned, rows, began = sum(unit.num_rows for unit in wave.values()), 0, time.monotonic()
+        told = began
+        trouble: str | None = None
+        for table in self._purify_units(list(wave.values()), parked):
+            for row in table.to_pylist():
+                if FAILED not in row:
+                    rows += self._done(wave, Receipt(**json.loads(row["receipt"])), parked)
+                elif row[FAILED] == "storage":
+                    trouble = row[DETAIL]
+                else:
+                    self._not_done(wave, Unit.from_json(row[UNIT]), row[FAILED], row[DETAIL])
+            now = time.monotonic()
+            if now - told >= PROGRESS_SECONDS and rows:
+                told, rate = now, rows / (now - began)
+                left = (planned - rows) / rate
+                logger.info("%d of %d images, %.1f/s, %.0f s left", rows, planned, rate, left)
+        if trouble is not None:
+            raise StorageError(f"{trouble}; the same command goes on from here")
+
+    def _parked(self, wave: Mapping[str, Unit]) -> Iterator[str]:
+        """Yield the shards that have published files which their new units replace."""
+        for relative in {unit.relative for unit in wave.values()}:
+            own = sum(name in self._published for name in self._open[relative].names)
+            if self._stale[relative] > own:
+                yield relative
+
+    def _done(self, wave: dict[str, Unit], receipt: Receipt, parked: frozenset[str]) -> int:
+        unit = wave.pop(receipt.name, None)
+        if unit is None:
+            return 0  # its shard changed meanwhile
+        self._open[unit.relative].receipts[receipt.name] = receipt
+        if unit.relative not in parked:
+            self._published.add(receipt.name)
+            self._stale[unit.relative] += 1
+        self._units_done += 1
+        self._rows_done += receipt.rows
+        return receipt.rows
+
+    def _not_done(self, wave: dict[str, Unit], unit: Unit, kind: str, detail: str) -> None:
+        name = unit.output_name(self.settings.fingerprint)
+        if name not in wave or kind == "deferred":
+            return
+        if kind == "changed":
+            self._changed(wave, unit, detail)
+        elif kind == "vanished":
+            self._drop(wave, unit.relative)
+            self._refuse(unit.uri, unit.relative, "vanished: it is no longer there")
+        elif kind == "unreadable":
+            del wave[name]
+            self._refuse(unit.uri, unit.relative, detail)
+        else:
+            self._tries[name] += 1
+            logger.warning("unit %s failed: %s", name, detail)
+            if kind == "given_up" or self._tries[name] >= MOST_TRIES:
+                del wave[name]
+                self.failed[name] = detail
+
+    def _changed(self, wave: dict[str, Unit], unit: Unit, detail: str) -> None:
+        """Plan a shard anew that is not what it was when it was listed."""
+        self._drop(wave, unit.relative)
+        self._tries[unit.uri] += 1
+        logger.warning("%s", detail)
+        if self._tries[unit.uri] > MOST_TRIES:
+            self._refuse(unit.uri, unit.relative, "changing: it changes while it is read")
+            return
+        try:
+            source = list_corpus(unit.uri)
+        except CorpusError:
+            self._refuse(unit.uri, unit.relative, "vanished: it is no longer there")
+            return
+        assert not isinstance(source, ImageFolder)
+        shard = replace(source[0], relative=unit.relative)
+        work = inspect_shard(shard, self.settings.plan, self._snapshot, self.settings.fingerprint)
+        if isinstance(work, Refused):
+            self._refuse(work.uri, work.relative, work.reason)
+        else:
+            wave.update(self._pending([work]))
+
+    def _drop(self, wave: dict[str, Unit], relative: str) -> None:
+        for name in [name for name, unit in wave.items() if unit.relative == relative]:
+            del wave[name]
+        self._open.pop(relative, None)
+
+    def _refuse(self, uri: str, relative: str, reason: str) -> None:
+        logger.warning("shard %s is left out: %s", uri, reason)
+        self.refused[uri] = reason
+        if relative in self._entries:
+            # Its last good state stays: what was purified then is still the answer.
+            self._seen.add(relative)
+
+    def _commit(self) -> None:
+        """Commit the shards that are complete now, and what there is of new ones."""
+        for relative, work in list(self._open.items()):
+            if work.is_complete:
+                self._entries[relative] = work.entry()
+                del self._open[relative]
+            elif relative not in self._before.shards and work.receipts:
+                self._entries[relative] = work.entry()
+        changed = self._entries != self._snapshot.shards or self.refused != self._snapshot.refused
+        if not changed:
+            return
+        self.lease.check()
+        number = self._snapshot.number + 1
+        self._snapshot = Snapshot(number, dict(self._entries), dict(self.refused))
+        self.ledger.commit(self._snapshot)
+        for entry in self._entries.values():
+            self._published.update(receipt.name for receipt in entry.receipts)
+
+    def _commit_after(self, error: Exception) -> None:
+        try:
+            self._commit()
+        except (FailedError, ResumableStop) as again:
+            logger.warning("%s; nor could the snapshot be written: %s", error, again)
+
+    def _finish(self) -> None:
+        gone = self._entries.keys() - self._seen
+        self.removed = len(gone)
+        for relative in gone:
+            del self._entries[relative]
+        if gone:
+            logger.warning("%d shards left the input: their output goes too", len(gone))
+        self._commit()
+        self.lease.check()
+        pending = {name for work in self._open.values() for name in work.names}
+        self.ledger.sweep(self._snapshot, pending)

@@ -1,0 +1,87 @@
+"""The actor that keeps the attempt book of a run; it imports nothing heavy, to be there before the stages."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from acsr_ray.corpus.attempts import AttemptBook, Orders
+from acsr_ray.corpus.ledger import Ledger
+from acsr_ray.storage import StorageError
+
+logger = logging.getLogger(__name__)
+
+
+class Overseer:
+    """Keeps the attempt book; see `AttemptBook` for the methods of the same names.
+
+    Args:
+        output: whose units are worked on; records of units that fell are kept there.
+    """
+
+    def __init__(self, output: str) -> None:
+        self._ledger = Ledger(output)
+        self._book = AttemptBook(self._ledger.attempts())
+
+    def begin(self, stage: str, unit: str, **attempt: Any) -> Orders:  # noqa: ANN401  (as in AttemptBook)
+        """Begin a unit; what fell is written down, to be known after the driver's death too."""
+        before = self._book.state_of(unit)
+        orders = self._book.begin(stage, unit, **attempt)
+        after = self._book.state_of(unit)
+        if after is not None and after != before:
+            try:
+                self._ledger.write_attempt(unit, after)
+            except (StorageError, OSError) as error:
+                logger.warning("an attempt of %s is only remembered: %s", unit, error)
+        return orders
+
+    def narrow(self, stage: str, unit: str, first: int, behind: int) -> None:
+        """Say which rows come next."""
+        self._book.narrow(stage, unit, first, behind)
+
+    def end(self, stage: str, unit: str) -> None:
+        """End a unit."""
+        self._book.end(stage, unit)
+
+    def starting(self, stage: str) -> bool:
+        """Say that a worker starts."""
+        return self._book.starting(stage)
+
+    def started(self, stage: str) -> None:
+        """Say that it is ready."""
+        self._book.started(stage)
+
+    def stop(self) -> None:
+        """Let no stage begin another unit; what is begun is finished and published."""
+        self._book.stopping = True
+
+    def look(self, timeout_s: float, draining: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
+        """Hear which nodes are leaving; return what hangs, and the stages whose workers do not get ready.
+
+        Args:
+            timeout_s: seconds on one unit, or part of one, after which its worker is taken for hung.
+            draining: ids of nodes that are being drained.
+        """
+        self._book.draining = frozenset(draining)
+        late = [
+            {
+                "stage": flight.stage,
+                "unit": flight.unit,
+                "rows": flight.rows,
+                "worker": flight.worker,
+                "handle": flight.handle,
+            }
+            for flight in self._book.overdue(timeout_s)
+        ]
+        return late, self._book.stillborn()
+
+
+def start_overseer(output: str) -> "ActorHandle[Any]":
+    """Start the actor on the driver's own node, so that it lives as long as the driver does."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor: Any = ray.remote(Overseer).options(num_cpus=0, scheduling_strategy=here)
+    handle: ActorHandle[Any] = actor.remote(output)
+    return handle

@@ -1,0 +1,128 @@
+"""Stages under watch: attempts are counted, hung workers found, and what fails does not stop the rest."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import ray
+
+from acsr_ray.columns import FAILED, UNIT
+from acsr_ray.config import AcsrError, FailedError
+from acsr_ray.corpus.attempts import Orders
+from acsr_ray.corpus.containers import ContainerError
+from acsr_ray.corpus.ledger import LateAttemptError
+from acsr_ray.corpus.units import ShardChangedError, Unit
+from acsr_ray.distributed.blocks import Stage, StageChain
+from acsr_ray.purification.failures import (
+    FailureKind,
+    StageError,
+    apply_by_halves,
+    failed_unit,
+    refuse_rows,
+)
+from acsr_ray.storage import StorageError
+
+
+class StartError(FailedError):
+    """A stage whose workers never get ready."""
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What a chain of stages has to know of the run it is part of."""
+
+    overseer: Any
+    """Handle of the `Overseer` actor."""
+    fingerprint: str
+    position: str
+    """`first`, `middle` or `last` in the pipeline."""
+
+    @property
+    def divisible(self) -> bool:
+        """Whether the chain's rows can be tried alone; reading and publishing take a unit as a whole."""
+        return self.position == "middle"
+
+
+class WatchedChain(StageChain):
+    """A chain of stages whose units are counted, tried in parts after a fall, and allowed to fail.
+
+    Args:
+        stages: class and constructor's arguments of each.
+        watch: the run.
+
+    Raises:
+        StartError: the chain's workers died so often before they got ready that this one does not try.
+    """
+
+    def __init__(self, stages: Sequence[Stage], watch: Watch) -> None:
+        self.watch = watch
+        self.name = "+".join(make.__name__ for make, _ in stages)
+        if not ray.get(watch.overseer.starting.remote(self.name)):
+            raise StartError(f"workers of {self.name} die before they are ready")
+        super().__init__(stages)
+        ray.get(watch.overseer.started.remote(self.name))
+        context = ray.get_runtime_context()
+        self.node: str = context.get_node_id()
+        self.handle = context.current_actor
+        self.worker = f"process {os.getpid()} of node {self.node[:8]}"
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Pass a unit through all stages; a unit that failed before, or fails here, becomes one row."""
+        if FAILED in table.column_names:
+            return table
+        text = table[UNIT][0].as_py()
+        unit = Unit.from_json(text)
+        name = unit.output_name(self.watch.fingerprint)
+        overseer, position = self.watch.overseer, self.watch.position
+        orders: Orders = ray.get(
+            overseer.begin.remote(
+                self.name,
+                name,
+                rows=unit.num_rows,
+                worker=self.worker,
+                node=self.node,
+                handle=self.handle,
+                last_stage=position == "last",
+                divisible=self.watch.divisible,
+            )
+        )
+        if orders.refusal == "given_up":
+            detail = f"{self.name} brought down {orders.falls} workers over it"
+            return failed_unit(text, "given_up", detail)
+        if orders.refusal:
+            return failed_unit(text, "deferred", orders.refusal)
+        try:
+            return self._work(table, name, orders)
+        except AcsrError as error:
+            return failed_unit(text, _kind(error), f"{self.name}: {error}")
+        except FileNotFoundError as error:
+            return failed_unit(text, "vanished", str(error))
+        finally:
+            ray.get(overseer.end.remote(self.name, name))
+
+    def _work(self, table: pa.Table, name: str, orders: Orders) -> pa.Table:
+        if not self.watch.divisible:
+            return super().__call__(table)
+        table = refuse_rows(table, orders.poison)
+        if not orders.parts:
+            return apply_by_halves(super().__call__, table)
+        done = []
+        for first, behind in orders.parts:
+            ray.get(self.watch.overseer.narrow.remote(self.name, name, first, behind))
+            part = table.slice(first, behind - first)
+            done.append((first, apply_by_halves(super().__call__, part)))
+        return pa.concat_tables([part for _, part in sorted(done, key=lambda item: item[0])])
+
+
+def _kind(error: AcsrError) -> FailureKind:
+    if isinstance(error, StorageError | LateAttemptError):
+        return "storage"
+    if isinstance(error, ShardChangedError):
+        return "changed"
+    if isinstance(error, ContainerError):
+        return "unreadable"
+    if isinstance(error, StageError):
+        return "stage"
+    raise error
