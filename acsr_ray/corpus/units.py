@@ -18,15 +18,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from acsr_ray.artifacts import json_digest
-from acsr_ray.columns import IMAGE, LABEL, PREFIX
+from acsr_ray.columns import IMAGE, LABEL
+from acsr_ray.corpus.containers import check_schema, open_parquet
 from acsr_ray.corpus.schema import IMAGE_TYPE, image_features
 from acsr_ray.corpus.sources import (
+    CHAIN,
     CorpusError,
     ImageFile,
     ImageFolder,
     Shard,
     find_source,
-    open_parquet,
 )
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,9 @@ def plan_units(
         purified: whether shards that were purified before will do.
 
     Raises:
-        CorpusError: an unusable schema, or nothing to read.
+        ContainerError: a shard that is damaged, hostile or has an unusable schema.
+        CorpusError: nothing to read.
+        OSError: a shard that the store does not deliver.
     """
     source = find_source(location)
     if isinstance(source, ImageFolder) and image_column != IMAGE:
@@ -140,12 +143,9 @@ def _shard_units(
     purified: bool,
 ) -> Iterator[Unit]:
     for shard in shards:
-        try:
-            with open_parquet(shard.uri) as file:
-                check_schema(file.schema_arrow, image_column, shard.uri, purified)
-                num_rows, encoded = file.metadata.num_rows, _image_bytes(file, image_column)
-        except (pa.ArrowException, OSError) as error:
-            raise CorpusError(f"{shard.uri} is not a readable Parquet file: {error}") from error
+        with open_parquet(shard.uri) as file:
+            check_schema(file.schema_arrow, image_column, shard.uri, purified)
+            num_rows, encoded = file.metadata.num_rows, _image_bytes(file, image_column)
         if not num_rows:
             continue
         version, content = known.get(shard.uri, ("", ""))
@@ -156,26 +156,6 @@ def _shard_units(
         for first in range(0, num_rows, step):
             last = min(first + step, num_rows) - 1
             yield Unit(shard.uri, shard.relative, first, last, content, version=shard.version)
-
-
-def check_schema(schema: pa.Schema, image_column: str, uri: str, purified: bool = False) -> None:
-    """Raise `CorpusError` unless a shard can be purified as it is, or, if `purified`, was and can be read."""
-    taken = [name for name in schema.names if name.startswith(PREFIX)]
-    if taken and not purified:
-        raise CorpusError(f"{uri} already has {', '.join(taken)}: it was purified before")
-    if image_column not in schema.names:
-        raise CorpusError(
-            f"{uri} has no column {image_column!r} (--image-column names it); "
-            f"it has {', '.join(schema.names)}"
-        )
-    kind = schema.field(image_column).type
-    if pa.types.is_struct(kind):
-        position = kind.get_field_index("bytes")
-        kind = kind.field(position).type if position >= 0 else kind
-    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
-        raise CorpusError(
-            f"{uri}: column {image_column!r} must be binary or a struct with binary `bytes`, got {kind}"
-        )
 
 
 def _image_bytes(file: pq.ParquetFile, image_column: str) -> int:
@@ -225,7 +205,8 @@ def read_unit(unit: Unit) -> pa.Table:
     """Read a unit's rows with all their columns and the shard's schema metadata.
 
     Raises:
-        CorpusError: the shard has fewer rows than when it was planned.
+        ContainerError: the shard is damaged, or no longer one that would be planned.
+        CorpusError: it has fewer rows than when it was planned.
     """
     if unit.files:
         return _read_files(unit)
@@ -254,6 +235,9 @@ def _read_files(unit: Unit) -> pa.Table:
 
 def _file_bytes(uri: str) -> bytes | None:
     """Return a file's bytes, None for one that vanished or cannot be read: its row is quarantined."""
+    if CHAIN in uri:
+        logger.warning("%s cannot be read: its name has %r", uri, CHAIN)
+        return None
     try:
         with fsspec.open(uri, "rb").open() as file:
             data: bytes = file.read()

@@ -2,13 +2,8 @@
 
 import pytest
 
-from acsr_ray.corpus.sources import (
-    CorpusError,
-    ImageFolder,
-    absolute_uri,
-    find_source,
-    open_parquet,
-)
+from acsr_ray.corpus.containers import open_parquet
+from acsr_ray.corpus.sources import CorpusError, ImageFolder, absolute_uri, find_source
 
 
 def put(path, data=b"x"):
