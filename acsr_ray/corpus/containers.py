@@ -89,8 +89,29 @@ class ContainerLimits(Settings):
 LIMITS = ContainerLimits()
 
 
+class CheckedParquet(pq.ParquetFile):  # type: ignore[misc]
+    """A Parquet file whose footer was checked.
+
+    Do not ask its `metadata` for a column of a row group: where the column's statistics are damaged, pyarrow
+    ends the process (seen with 26.0). `column_bytes` is there instead.
+
+    Args:
+        footer: of the file.
+        source: as `pq.ParquetFile` takes it, like the options.
+    """
+
+    def __init__(self, footer: Footer, source: object, **options: object) -> None:
+        super().__init__(source, **options)
+        self._footer = footer
+
+    def column_bytes(self, name: str) -> int:
+        """Return the size in bytes, not compressed, that the footer says a column has, its parts included."""
+        chunks = (chunk for group in self._footer.row_groups for chunk in group.column_bytes)
+        return sum(size for outermost, size in chunks if outermost == name.encode())
+
+
 @contextmanager
-def open_parquet(uri: str, limits: ContainerLimits = LIMITS) -> Iterator[pq.ParquetFile]:
+def open_parquet(uri: str, limits: ContainerLimits = LIMITS) -> Iterator["CheckedParquet"]:
     """Open a Parquet file that may be hostile; rows that turn out damaged while it is open are refused too.
 
     Args:
@@ -106,14 +127,16 @@ def open_parquet(uri: str, limits: ContainerLimits = LIMITS) -> Iterator[pq.Parq
         raise _unreadable(uri, f"its name has {CHAIN!r}")
     fs, path = url_to_fs(uri)
     with fs.open(path, "rb") as stored:
-        tail = _read_tail(stored, uri, limits)
+        tail = _read_tail(stored)
         # A range of its own: reading the start through the file would fetch megabytes ahead.
         head = fs.cat_file(path, start=0, end=len(MAGIC)) if tail.start else tail.data[: len(MAGIC)]
         _check_magic(head, tail, uri)
+        tail = _with_footer(tail, stored, uri, limits)
         footer = _checked_footer(_footer_bytes(tail), uri, limits)
         checked = _CheckedFile(stored, tail)
         try:
-            file = pq.ParquetFile(
+            file = CheckedParquet(
+                footer,
                 checked,
                 thrift_string_size_limit=int(limits.max_footer_megabytes * 2**20),
                 thrift_container_size_limit=max(limits.max_columns, limits.max_chunks, len(footer.metadata)),
@@ -121,7 +144,6 @@ def open_parquet(uri: str, limits: ContainerLimits = LIMITS) -> Iterator[pq.Parq
                 arrow_extensions_enabled=False,
             )
             _check_types(file.schema_arrow, uri)
-            _check_sizes(file.metadata, uri, limits)
             yield file
         except pa.ArrowMemoryError:
             raise
@@ -179,26 +201,28 @@ class _Tail:
         self.data, self.size, self.start = data, size, size - len(data)
 
 
-def _read_tail(stored: _Stored, uri: str, limits: ContainerLimits) -> _Tail:
-    """Read the end of a file, the whole footer in it, where there is one within the limit."""
+def _read_tail(stored: _Stored) -> _Tail:
     size = stored.seek(0, io.SEEK_END)
-    data = _read_at(stored, max(0, size - TAIL_BYTES), size)
-    length = int.from_bytes(data[-END_BYTES : -len(MAGIC)], "little")
-    if data[-len(MAGIC) :] != MAGIC:
-        return _Tail(data, size)
-    if length + END_BYTES + len(MAGIC) > size:
-        raise _unreadable(uri, f"its footer would have {length} bytes, but the file has {size}")
+    return _Tail(_read_at(stored, max(0, size - TAIL_BYTES), size), size)
+
+
+def _with_footer(tail: _Tail, stored: _Stored, uri: str, limits: ContainerLimits) -> _Tail:
+    """Return the end of a file with the whole footer in it, where it is within the limit."""
+    length = _footer_length(tail)
+    if length + END_BYTES + len(MAGIC) > tail.size:
+        raise _unreadable(uri, f"its footer would have {length} bytes, but the file has {tail.size}")
     if length > limits.max_footer_megabytes * 2**20:
         raise ContainerError(
             "footer_too_large",
             f"{uri} has a footer of {length / 2**20:.1f} MiB, more than {limits.max_footer_megabytes:g}",
         )
-    start = size - END_BYTES - length
-    missing = _read_at(stored, start, size - len(data)) if start < size - len(data) else b""
-    return _Tail(missing + data, size)
+    start = min(tail.start, tail.size - END_BYTES - length)
+    return _Tail(_read_at(stored, start, tail.start) + tail.data, tail.size)
 
 
 def _read_at(stored: _Stored, start: int, end: int) -> bytes:
+    if start == end:
+        return b""
     stored.seek(start)
     data = stored.read(end - start)
     if len(data) != end - start:
@@ -216,9 +240,12 @@ def _check_magic(head: bytes, tail: _Tail, uri: str) -> None:
         raise _unreadable(uri, f"it ends early, after {tail.size} bytes", "truncated")
 
 
+def _footer_length(tail: _Tail) -> int:
+    return int.from_bytes(tail.data[-END_BYTES : -len(MAGIC)], "little")
+
+
 def _footer_bytes(tail: _Tail) -> bytes:
-    length = int.from_bytes(tail.data[-END_BYTES : -len(MAGIC)], "little")
-    return tail.data[-END_BYTES - length : -END_BYTES]
+    return tail.data[-END_BYTES - _footer_length(tail) : -END_BYTES]
 
 
 def _checked_footer(data: bytes, uri: str, limits: ContainerLimits) -> Footer:
@@ -230,6 +257,7 @@ def _checked_footer(data: bytes, uri: str, limits: ContainerLimits) -> Footer:
             max_chunks=limits.max_chunks,
         )
         _check_no_extension(footer, uri)
+        _check_sizes(footer, uri, limits)
     except FooterTooLargeError as error:
         raise ContainerError("too_large", f"{uri}: {error}") from None
     except FooterError as error:
@@ -302,20 +330,23 @@ def _kinds(kind: pa.DataType) -> Iterator[pa.DataType]:
         yield kind
 
 
-def _check_sizes(metadata: pq.FileMetaData, uri: str, limits: ContainerLimits) -> None:
-    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    rows = [group.num_rows for group in groups]
-    if any(count < 0 for count in rows) or sum(rows) != metadata.num_rows:
-        raise _unreadable(uri, f"its row groups do not have the {metadata.num_rows} rows of the file")
-    if metadata.num_rows > limits.max_rows:
-        raise ContainerError("too_large", f"{uri} has {metadata.num_rows} rows, more than {limits.max_rows}")
-    for group in groups:
-        chunks = (group.column(number) for number in range(group.num_columns))
-        size = max(group.total_byte_size, sum(chunk.total_uncompressed_size for chunk in chunks))
-        if size > limits.max_row_group_megabytes * 2**20:
+def _check_sizes(footer: Footer, uri: str, limits: ContainerLimits) -> None:
+    if any(len(group.column_bytes) != footer.num_leaves for group in footer.row_groups):
+        raise FooterError("its row groups do not have the columns of its schema")
+    rows = [group.num_rows for group in footer.row_groups]
+    if any(count < 0 for count in rows) or sum(rows) != footer.num_rows:
+        raise FooterError(f"its row groups do not have the {footer.num_rows} rows of the file")
+    if footer.num_rows > limits.max_rows:
+        raise ContainerError("too_large", f"{uri} has {footer.num_rows} rows, more than {limits.max_rows}")
+    for group in footer.row_groups:
+        sizes = [size for _, size in group.column_bytes]
+        if any(size < 0 for size in sizes):
+            raise FooterError("a column chunk of its footer has a negative size")
+        largest = max(group.num_bytes, sum(sizes))
+        if largest > limits.max_row_group_megabytes * 2**20:
             raise ContainerError(
                 "too_large",
-                f"{uri} has a row group of {size / 2**20:.0f} MiB, more than "
+                f"{uri} has a row group of {largest / 2**20:.0f} MiB, more than "
                 f"{limits.max_row_group_megabytes:g}",
             )
 

@@ -29,16 +29,25 @@ class FooterTooLargeError(FooterError):
 
 
 @dataclass
+class RowGroup:
+    """What a footer says of a row group; sizes are in bytes, not compressed."""
+
+    num_rows: int = 0
+    num_bytes: int = 0
+    column_bytes: list[tuple[bytes, int]] = field(default_factory=list)
+    """Name of the outermost field, and size, of each column chunk."""
+
+
+@dataclass
 class Footer:
     """What a footer holds."""
 
-    num_fields: int = 0
-    """Fields of the schema, groups and the root counted."""
     depth: int = 0
     """Levels of the schema below the root; a list or a map is two."""
-    num_row_groups: int = 0
-    num_chunks: int = 0
-    """Column chunks of all row groups."""
+    num_leaves: int = 0
+    """Fields of the schema that hold values."""
+    num_rows: int = 0
+    row_groups: list["RowGroup"] = field(default_factory=list)
     metadata: list[tuple[bytes, bytes]] = field(default_factory=list)
     """Keys and values of the file, in the order of the bytes, repeated keys included."""
 
@@ -69,12 +78,16 @@ def _file(reader: "_Reader", max_fields: int, max_row_groups: int, max_chunks: i
         if number == 2:
             size = reader.structs(kind)
             _limit("fields in its schema", size, max_fields)
-            footer.num_fields, footer.depth = size, _depth([_children(reader) for _ in range(size)])
+            children = [_children(reader) for _ in range(size)]
+            footer.depth, footer.num_leaves = _depth(children), children[1:].count(0)
+        elif number == 3:
+            footer.num_rows = reader.integer(kind)
         elif number == 4:
-            footer.num_row_groups, footer.num_chunks = reader.structs(kind), 0
-            _limit("row groups", footer.num_row_groups, max_row_groups)
-            for _ in range(footer.num_row_groups):
-                footer.num_chunks += _row_group(reader, max_chunks - footer.num_chunks)
+            size, left = reader.structs(kind), max_chunks
+            _limit("row groups", size, max_row_groups)
+            for _ in range(size):
+                footer.row_groups.append(_row_group(reader, left))
+                left -= len(footer.row_groups[-1].column_bytes)
         elif number == 5:
             for _ in range(reader.structs(kind)):
                 footer.metadata.append(_key_value(reader))
@@ -117,19 +130,46 @@ def _depth(children: list[int]) -> int:
     return depth
 
 
-def _row_group(reader: "_Reader", max_chunks: int) -> int:
-    """Read a row group and return its number of column chunks."""
-    chunks = 0
+def _row_group(reader: "_Reader", max_chunks: int) -> RowGroup:
+    group = RowGroup()
     for number, kind in reader.fields():
         if number == 1:
-            chunks = reader.structs(kind)
-            if chunks > max_chunks:
+            size = reader.structs(kind)
+            if size > max_chunks:
                 raise FooterTooLargeError("it has too many column chunks")
-            for _ in range(chunks):
-                reader.skip(STRUCT)
+            group.column_bytes = [_chunk(reader) for _ in range(size)]
+        elif number == 2:
+            group.num_bytes = reader.integer(kind)
+        elif number == 3:
+            group.num_rows = reader.integer(kind)
         else:
             reader.skip(kind)
-    return chunks
+    return group
+
+
+def _chunk(reader: "_Reader") -> tuple[bytes, int]:
+    """Read a column chunk and return the name of its outermost field, and its size without compression."""
+    found = None
+    for number, kind in reader.fields():
+        if number == 3 and kind == STRUCT:
+            found = _chunk_metadata(reader)
+        else:
+            reader.skip(kind)
+    if found is None:
+        raise FooterError("a column chunk of its footer has no metadata")
+    return found
+
+
+def _chunk_metadata(reader: "_Reader") -> tuple[bytes, int]:
+    name, size = b"", 0
+    for number, kind in reader.fields():
+        if number == 3:
+            name = reader.first_text(kind)
+        elif number == 6:
+            size = reader.integer(kind)
+        else:
+            reader.skip(kind)
+    return name, size
 
 
 def _key_value(reader: "_Reader") -> tuple[bytes, bytes]:
@@ -221,6 +261,14 @@ class _Reader:
             return self.binary(kind).decode()
         except UnicodeDecodeError:
             raise FooterError("a name in its schema is not UTF-8") from None
+
+    def first_text(self, kind: int) -> bytes:
+        """Read a list of texts and return its first."""
+        if kind != LIST:
+            raise FooterError("a list of its footer is none")
+        size, inner = self.list_head()
+        texts = [self.binary(inner) for _ in range(size)]
+        return texts[0] if texts else b""
 
     def skip(self, kind: int, level: int = 0) -> None:
         """Step over a value."""

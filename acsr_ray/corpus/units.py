@@ -15,7 +15,6 @@ from typing import Self
 
 import fsspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from acsr_ray.artifacts import json_digest
 from acsr_ray.columns import IMAGE, LABEL
@@ -145,7 +144,7 @@ def _shard_units(
     for shard in shards:
         with open_parquet(shard.uri) as file:
             check_schema(file.schema_arrow, image_column, shard.uri, purified)
-            num_rows, encoded = file.metadata.num_rows, _image_bytes(file, image_column)
+            num_rows, encoded = file.metadata.num_rows, file.column_bytes(image_column)
         if not num_rows:
             continue
         version, content = known.get(shard.uri, ("", ""))
@@ -156,17 +155,6 @@ def _shard_units(
         for first in range(0, num_rows, step):
             last = min(first + step, num_rows) - 1
             yield Unit(shard.uri, shard.relative, first, last, content, version=shard.version)
-
-
-def _image_bytes(file: pq.ParquetFile, image_column: str) -> int:
-    """Return the uncompressed size of the image column from the footer."""
-    metadata, total = file.metadata, 0
-    for group in range(metadata.num_row_groups):
-        for column in range(metadata.num_columns):
-            chunk = metadata.row_group(group).column(column)
-            if chunk.path_in_schema.split(".")[0] == image_column:
-                total += chunk.total_uncompressed_size
-    return total
 
 
 def _file_digest(uri: str) -> str:
