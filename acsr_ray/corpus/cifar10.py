@@ -5,6 +5,7 @@ format needs no library and cannot carry code, unlike the pickles of the archive
 Source: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
 """
 
+import lzma
 import shutil
 import tarfile
 import zlib
@@ -25,6 +26,9 @@ SIDE = 32
 RECORD_BYTES = 1 + 3 * SIDE**2
 TRAIN_FILES = tuple(f"data_batch_{number}.bin" for number in range(1, 6))
 TEST_FILE = "test_batch.bin"
+MAX_MEMBERS = 1000
+MAX_UNPACKED_BYTES = 2**30
+"""Six times what CIFAR-10 has."""
 PYTHON_FILES = frozenset({"batches.meta", "test_batch", *(name.removesuffix(".bin") for name in TRAIN_FILES)})
 
 
@@ -32,22 +36,40 @@ def extract_batches(archive: Path, folder: Path) -> None:
     """Copy the six batches of a tar archive into a folder; nothing else of the archive is written.
 
     Raises:
-        CorpusError: not a tar archive, cut off, or the Python version.
+        CorpusError: not a tar archive, cut off, too large, the Python version, or one with a batch that is
+            there twice or is no plain file.
     """
     seen: set[str] = set()
+    size = 0
     try:
         with tarfile.open(archive) as tar:
-            for member in tar:
+            for number, member in enumerate(tar, 1):
+                size += member.size
+                # Before the next member is looked for, which unpacks this one.
+                if number > MAX_MEMBERS or size > MAX_UNPACKED_BYTES:
+                    raise CorpusError(
+                        f"{archive} holds more than {MAX_MEMBERS} files or {MAX_UNPACKED_BYTES >> 20} MiB"
+                    )
                 # The name's last part alone, so no member can point out of the folder.
                 name = PurePosixPath(member.name).name
+                if name in (*TRAIN_FILES, TEST_FILE):
+                    if name in seen or not member.isreg():
+                        raise CorpusError(f"{archive} has {name} twice, or as a link, a device or a folder")
+                    _copy_member(tar, member, folder / name)
                 seen.add(name)
-                content = tar.extractfile(member) if name in (*TRAIN_FILES, TEST_FILE) else None
-                if content:
-                    with content, (folder / name).open("wb") as file:
-                        shutil.copyfileobj(content, file)
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+    except CorpusError:
+        raise
+    except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error, lzma.LZMAError) as error:
         raise CorpusError(f"{archive} is not a readable tar archive: {error}") from error
     _check_names(archive, seen)
+
+
+def _copy_member(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> None:
+    content = tar.extractfile(member)
+    if content is None:
+        raise tarfile.ExtractError(f"{member.name} has no content")
+    with content, target.open("xb") as file:
+        shutil.copyfileobj(content, file)
 
 
 def read_cifar10(folder: Path, validation_share: float, seed: int) -> SampleSet:

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from acsr_ray.columns import IMAGE, LABEL
+from acsr_ray.corpus.containers import open_parquet
 from acsr_ray.corpus.images import DecodeLimits, ImageError, Pixels, decode_image
-from acsr_ray.corpus.sources import CorpusError, ImageFolder, find_source, open_parquet
+from acsr_ray.corpus.sources import CorpusError, ImageFolder, find_source
 
 NO_LIMIT = DecodeLimits()
 
@@ -113,12 +114,22 @@ def parquet_shards(locations: Sequence[str]) -> list[str]:
 
 
 def label_names(schema: pa.Schema) -> tuple[str, ...]:
-    """Return the class names that a Hugging Face schema records for `label`, () if it does not."""
+    """Return the class names that a Hugging Face schema records for `label`, () if it does not.
+
+    Raises:
+        CorpusError: metadata that is no such record.
+    """
     metadata = (schema.metadata or {}).get(b"huggingface")
     if not metadata:
         return ()
-    features = json.loads(metadata).get("info", {}).get("features", {})
-    return tuple(features.get(LABEL, {}).get("names", ()))
+    try:
+        features = json.loads(metadata).get("info", {}).get("features", {})
+        names = tuple(features.get(LABEL, {}).get("names", ()))
+    except (ValueError, RecursionError, AttributeError, TypeError):
+        raise CorpusError("the Hugging Face metadata of a shard cannot be read") from None
+    if not all(isinstance(name, str) for name in names):
+        raise CorpusError("the Hugging Face metadata of a shard has class names that are no text")
+    return names
 
 
 def sample_rows(count: int, most: int) -> NDArray[np.int64]:

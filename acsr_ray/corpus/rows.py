@@ -7,9 +7,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from acsr_ray.columns import IMAGE
+from acsr_ray.corpus.containers import open_parquet
 from acsr_ray.corpus.images import DecodeLimits, Pixels, decode_image
 from acsr_ray.corpus.labelled import image_bytes
-from acsr_ray.corpus.sources import open_parquet
 
 
 def read_rows(rows: Sequence[tuple[str, int]], limits: DecodeLimits) -> list[Pixels]:

@@ -9,10 +9,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import fsspec
-import pyarrow.parquet as pq
 
 from acsr_ray.config import AcsrError
+from acsr_ray.corpus.names import safe_name
 from acsr_ray.storage import open_filesystem
+
+SHARD_SUFFIX = ".parquet"
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2", ".avif"}
@@ -27,6 +29,11 @@ class CorpusError(AcsrError, ValueError):
     """A corpus that cannot be read as asked; the message names the path and what is wrong."""
 
 
+CHAIN = "::"
+"""What joins the addresses of a chain for fsspec. A file with it in its name would be taken for one, and what
+is read would be the last of them, on whatever host that names."""
+
+
 @dataclass(frozen=True)
 class Shard:
     """One Parquet file of a corpus."""
@@ -34,7 +41,7 @@ class Shard:
     uri: str
     """Absolute, opened by fsspec on any node."""
     relative: str
-    """Path below the corpus root without suffix; names the output."""
+    """Path below the corpus root without suffix, made safe by `safe_name`; names the output."""
     version: str
     """Size and modification time (or etag): the fast key that tells whether the content may have changed."""
     digest: str = ""
@@ -87,35 +94,55 @@ def find_source(location: str) -> list[Shard] | ImageFolder:
     if not fs.exists(root):
         raise CorpusError(f"input {root_uri} does not exist")
     if fs.isfile(root):
-        if not root.endswith(".parquet"):
+        if not root.endswith(SHARD_SUFFIX):
             raise CorpusError(f"input {root_uri} is neither a .parquet file nor a folder")
-        info = fs.info(root)
-        return [Shard(fs.unstrip_protocol(root), PurePosixPath(root).stem, _version(info), _digest(info))]
-    found = fs.find(root, detail=True)
-    visible = {PurePosixPath(path).relative_to(PurePosixPath(root)): info for path, info in found.items()}
-    files = {
-        relative: info
-        for relative, info in sorted(visible.items(), key=lambda item: str(item[0]))
-        if not any(part.startswith(".") for part in relative.parts)
-    }
+        name = safe_name(root.rsplit("/", 1)[-1].removesuffix(SHARD_SUFFIX))
+        return [_shard(fs, name, fs.info(root))]
+    # Keys are kept as they are: as paths, `a//b` and `a/b` would be one.
+    base = f"{root.rstrip('/')}/"
+    visible = {path.removeprefix(base): info for path, info in fs.find(root, detail=True).items()}
+    files = {key: info for key, info in sorted(visible.items()) if not _is_marked(key, ".")}
     shards = [
-        Shard(fs.unstrip_protocol(info["name"]), str(relative.with_suffix("")), _version(info), _digest(info))
-        for relative, info in files.items()
-        if relative.suffix == ".parquet" and not any(part.startswith("_") for part in relative.parts)
+        _shard(fs, safe_name(key.removesuffix(SHARD_SUFFIX)), info)
+        for key, info in files.items()
+        if key.endswith(SHARD_SUFFIX) and not _is_marked(key, "_")
     ]
     if shards:
         # In the order of the output's names, whatever characters the shards' own names have.
         return sorted(shards, key=lambda shard: f"{shard.relative}.rows-")
-    return _image_folder(fs, PurePosixPath(root).name, root_uri, files)
+    return _image_folder(fs, safe_name(PurePosixPath(root).name), root_uri, files)
+
+
+def _shard(fs: fsspec.AbstractFileSystem, relative: str, info: dict[str, Any]) -> Shard:
+    tag = str(info.get("ETag") or info.get("etag") or "")
+    # A weak tag promises the same meaning, not the same bytes.
+    digest = f"etag {tag}" if tag and not tag.startswith("W/") else ""
+    return Shard(fs.unstrip_protocol(info["name"]), relative, _version(info), digest)
+
+
+def version_of(uri: str) -> str:
+    """Return the version of a file as it is now, as `Shard.version` has it.
+
+    Raises:
+        FileNotFoundError: it is no longer there.
+    """
+    fs, path = open_filesystem(uri)
+    return _version(fs.info(path))
+
+
+def _is_marked(key: str, mark: str) -> bool:
+    """Return whether a file is not part of the corpus, by the first character of a part of its path."""
+    # On object stores, `.` and `..` are names like others.
+    return any(part.startswith(mark) and part not in (".", "..") for part in key.split("/"))
 
 
 def _image_folder(
-    fs: fsspec.AbstractFileSystem, name: str, uri: str, files: dict[PurePosixPath, dict[str, Any]]
+    fs: fsspec.AbstractFileSystem, name: str, uri: str, files: dict[str, dict[str, Any]]
 ) -> ImageFolder:
     images = tuple(
-        ImageFile(fs.unstrip_protocol(info["name"]), str(relative), _version(info), info["size"])
-        for relative, info in files.items()
-        if relative.suffix.lower() in IMAGE_SUFFIXES
+        ImageFile(fs.unstrip_protocol(info["name"]), key, _version(info), info["size"])
+        for key, info in files.items()
+        if PurePosixPath(key).suffix.lower() in IMAGE_SUFFIXES
     )
     if not images:
         raise CorpusError(f"input {uri} holds neither Parquet shards nor images")
@@ -129,24 +156,3 @@ def _version(info: dict[str, Any]) -> str:
     stamps = (info.get(key) for key in STAMPS)
     stamp = next((value for value in stamps if value), None)
     return "" if stamp is None else f"{info['size']}-{stamp}"
-
-
-def _digest(info: dict[str, Any]) -> str:
-    tag = str(info.get("ETag") or info.get("etag") or "")
-    # A weak tag promises the same meaning, not the same bytes.
-    return f"etag {tag}" if tag and not tag.startswith("W/") else ""
-
-
-def version_of(uri: str) -> str:
-    """Return the version of a file as it is now, as `Shard.version` has it.
-
-    Raises:
-        FileNotFoundError: it is no longer there.
-    """
-    fs, path = open_filesystem(uri)
-    return _version(fs.info(path))
-
-
-def open_parquet(uri: str) -> pq.ParquetFile:
-    """Open a Parquet file for reading; the caller closes it."""
-    return pq.ParquetFile(fsspec.open(uri, "rb").open())

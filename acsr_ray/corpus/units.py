@@ -14,19 +14,18 @@ from typing import Self
 
 import fsspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from acsr_ray.artifacts import json_digest
-from acsr_ray.columns import IMAGE, LABEL, PREFIX
-from acsr_ray.corpus.containers import ContainerError
+from acsr_ray.columns import IMAGE, LABEL
+from acsr_ray.corpus.containers import check_schema, open_parquet
 from acsr_ray.corpus.schema import IMAGE_TYPE, image_features
 from acsr_ray.corpus.sources import (
+    CHAIN,
     CorpusError,
     ImageFile,
     ImageFolder,
     Shard,
     find_source,
-    open_parquet,
     version_of,
 )
 
@@ -117,7 +116,9 @@ def plan_units(
         purified: whether shards that were purified before will do.
 
     Raises:
-        CorpusError: an unusable schema, or nothing to read.
+        ContainerError: a shard that is damaged, hostile or has an unusable schema.
+        CorpusError: nothing to read.
+        OSError: a shard that the store does not deliver.
     """
     plan = UnitPlan(image_column, unit_rows, unit_megabytes, purified)
     source = find_source(location)
@@ -166,14 +167,12 @@ def shard_units(shard: Shard, plan: UnitPlan, content: str = "") -> Iterator[Uni
         content: digest of its bytes where that is known; else the store's own, else all of it is read.
 
     Raises:
-        CorpusError: it is not readable, or cannot be purified.
+        ContainerError: it is damaged, hostile, or has no images to purify.
+        OSError: the store does not deliver it.
     """
-    try:
-        with open_parquet(shard.uri) as file:
-            check_schema(file.schema_arrow, plan.image_column, shard.uri, plan.purified)
-            num_rows, encoded = file.metadata.num_rows, _image_bytes(file, plan.image_column)
-    except (pa.ArrowException, OSError) as error:
-        raise ContainerError(f"{shard.uri} is not a readable Parquet file: {error}") from error
+    with open_parquet(shard.uri) as file:
+        check_schema(file.schema_arrow, plan.image_column, shard.uri, plan.purified)
+        num_rows, encoded = file.metadata.num_rows, file.column_bytes(plan.image_column)
     if not num_rows:
         return
     content = content or shard.digest or _file_digest(shard.uri)
@@ -182,37 +181,6 @@ def shard_units(shard: Shard, plan: UnitPlan, content: str = "") -> Iterator[Uni
     for first in range(0, num_rows, step):
         last = min(first + step, num_rows) - 1
         yield Unit(shard.uri, shard.relative, first, last, content, version=shard.version)
-
-
-def check_schema(schema: pa.Schema, image_column: str, uri: str, purified: bool = False) -> None:
-    """Raise `CorpusError` unless a shard can be purified as it is, or, if `purified`, was and can be read."""
-    taken = [name for name in schema.names if name.startswith(PREFIX)]
-    if taken and not purified:
-        raise ContainerError(f"{uri} already has {', '.join(taken)}: it was purified before")
-    if image_column not in schema.names:
-        raise CorpusError(
-            f"{uri} has no column {image_column!r} (--image-column names it); "
-            f"it has {', '.join(schema.names)}"
-        )
-    kind = schema.field(image_column).type
-    if pa.types.is_struct(kind):
-        position = kind.get_field_index("bytes")
-        kind = kind.field(position).type if position >= 0 else kind
-    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
-        raise CorpusError(
-            f"{uri}: column {image_column!r} must be binary or a struct with binary `bytes`, got {kind}"
-        )
-
-
-def _image_bytes(file: pq.ParquetFile, image_column: str) -> int:
-    """Return the uncompressed size of the image column from the footer."""
-    metadata, total = file.metadata, 0
-    for group in range(metadata.num_row_groups):
-        for column in range(metadata.num_columns):
-            chunk = metadata.row_group(group).column(column)
-            if chunk.path_in_schema.split(".")[0] == image_column:
-                total += chunk.total_uncompressed_size
-    return total
 
 
 def _file_digest(uri: str) -> str:
@@ -252,6 +220,7 @@ def read_unit(unit: Unit) -> pa.Table:
     """Read a unit's rows with all their columns and the shard's schema metadata.
 
     Raises:
+        ContainerError: the shard is damaged, or no longer one that would be planned.
         ShardChangedError: the shard is not what it was when it was planned.
         FileNotFoundError: it is no longer there.
     """
@@ -284,6 +253,9 @@ def _read_files(unit: Unit) -> pa.Table:
 
 def _file_bytes(uri: str) -> bytes | None:
     """Return a file's bytes, None for one that vanished or cannot be read: its row is quarantined."""
+    if CHAIN in uri:
+        logger.warning("%s cannot be read: its name has %r", uri, CHAIN)
+        return None
     try:
         with fsspec.open(uri, "rb").open() as file:
             data: bytes = file.read()

@@ -13,6 +13,7 @@ from torch import nn
 
 from acsr_ray.artifacts import artifact_kind, atomic_write, begin_artifact, json_digest, load_artifact
 from acsr_ray.columns import STATUS
+from acsr_ray.corpus.containers import open_parquet
 from acsr_ray.corpus.images import Pixels
 from acsr_ray.corpus.labelled import (
     label_names,
@@ -21,7 +22,7 @@ from acsr_ray.corpus.labelled import (
     read_labelled,
     sample_rows,
 )
-from acsr_ray.corpus.sources import CorpusError, open_parquet
+from acsr_ray.corpus.sources import CorpusError
 from acsr_ray.distributed.latents import TRAINING_DATA
 from acsr_ray.distributed.runtime import GPU_DEVICE, check_task, ray_session, takes_gpus
 from acsr_ray.distributed.trainer import run_training

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import ray
 from pydantic import Field
 
-from acsr_ray.config import AcsrError, Device, Settings
+from acsr_ray.config import Device, Settings
+from acsr_ray.distributed.joining import ResourceError as ResourceError
+from acsr_ray.distributed.joining import check_environment, join_cluster
 
 logger = logging.getLogger(__name__)
 
@@ -33,18 +35,21 @@ class RaySettings(Settings):
     """Torch threads per actor; latents may differ in the last bit between thread counts, so keep it fixed."""
 
 
-class ResourceError(AcsrError, RuntimeError):
-    """The cluster lacks what the settings ask for."""
-
-
 @contextmanager
 def ray_session(settings: RaySettings) -> Iterator[None]:
-    """Join the configured cluster, or start a local Ray; what was connected here is disconnected after."""
+    """Join the configured cluster, or start a local Ray; what was connected here is disconnected after.
+
+    Raises:
+        UnsafeEnvironmentError: see `check_environment`.
+        ResourceError: the cluster cannot be joined; the message says what to do.
+    """
+    check_environment()
     if ray.is_initialized():
         yield
         return
-    if settings.address or os.environ.get("RAY_ADDRESS"):
-        ray.init(settings.address, log_to_driver=False)
+    address = settings.address or os.environ.get("RAY_ADDRESS")
+    if address:
+        join_cluster(address)
     else:
         ray.init(
             "local",

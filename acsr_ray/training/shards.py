@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import pyarrow.compute as pc
 
 from acsr_ray.columns import IMAGE, LABEL
+from acsr_ray.corpus.containers import open_parquet
 from acsr_ray.corpus.labelled import label_names, numbered_names, parquet_shards
-from acsr_ray.corpus.sources import CorpusError, open_parquet
+from acsr_ray.corpus.sources import CorpusError
 from acsr_ray.corpus.units import Unit, plan_units
 
 UNIT_ROWS = 500

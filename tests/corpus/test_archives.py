@@ -8,11 +8,14 @@ import tarfile
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from acsr_ray.artifacts import load_artifact
 from acsr_ray.corpus.archives import PrepareCorpusSettings, prepare_corpus, shift_off_grid
-from acsr_ray.corpus.cifar10 import CLASS_NAMES, RECORD_BYTES
+from acsr_ray.corpus.cifar10 import CLASS_NAMES, RECORD_BYTES, extract_batches
 from acsr_ray.corpus.fetching import FetchError
 from acsr_ray.corpus.images import DecodeLimits, decode_image
 from acsr_ray.corpus.labelled import image_bytes, label_names
@@ -37,8 +40,8 @@ def batches():
     return files, pixels
 
 
-def write_archive(path, files, folder="cifar-10-batches-bin"):
-    with tarfile.open(path, "w:gz") as tar:
+def write_archive(path, files, folder="cifar-10-batches-bin", mode="w:gz"):
+    with tarfile.open(path, mode) as tar:
         for name, content in sorted(files.items(), key=lambda item: item[1]):
             member = tarfile.TarInfo(f"{folder}/{name}")
             member.size = len(content)
@@ -153,6 +156,109 @@ def test_members_of_an_archive_cannot_leave_the_folder(tmp_path, batches):
     path = write_archive(tmp_path / "a.tar.gz", batches[0], "../../..")
     prepare_corpus(settings(source=path, output=tmp_path / "x" / "out"))
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file() and path.suffix == ".bin") == []
+
+
+def special(name, kind, target=""):
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, target
+    return member
+
+
+@pytest.mark.parametrize(
+    ("kind", "target"),
+    [
+        (tarfile.SYMTYPE, "{secret}"),
+        (tarfile.SYMTYPE, "../../secret"),
+        (tarfile.SYMTYPE, "data_batch_1.bin"),
+        (tarfile.LNKTYPE, "{secret}"),
+        (tarfile.LNKTYPE, "nowhere"),
+        (tarfile.CHRTYPE, ""),
+        (tarfile.BLKTYPE, ""),
+        (tarfile.FIFOTYPE, ""),
+        (tarfile.DIRTYPE, ""),
+    ],
+)
+@pytest.mark.parametrize("name", ["test_batch.bin", "/test_batch.bin", "a/../../test_batch.bin"])
+def test_batches_that_are_no_plain_files_are_refused(tmp_path, batches, kind, target, name):
+    secret = tmp_path / "secret"
+    secret.write_bytes(batches[0]["test_batch.bin"])
+    path = write_archive(tmp_path / "a.tar", _damaged(batches[0], "test_batch.bin", None), mode="w")
+    with tarfile.open(path, "a") as tar:
+        tar.addfile(special(name, kind, target.format(secret=secret)))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(CorpusError, match=r"test_batch\.bin twice, or as a link, a device or a folder"):
+        prepare_corpus(settings(source=path, output=tmp_path / "out"))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["../canary", "{folder}/canary", "canary", "x/../../../../canary"])
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
+def test_what_else_an_archive_holds_is_never_written(tmp_path, batches, name, kind):
+    path = write_archive(tmp_path / "a.tar", batches[0], mode="w")
+    with tarfile.open(path, "a") as tar:
+        tar.addfile(special(name.format(folder=tmp_path), kind, "/etc/passwd"))
+    assert prepare_corpus(settings(source=path, output=tmp_path / "x" / "out"))["test"] == 20
+    assert not [found for found in tmp_path.rglob("*") if "canary" in found.name]
+
+
+def test_a_link_does_not_lead_a_later_file_astray(tmp_path, batches):
+    # The folder of the batches is a link to a folder outside, and then the batches come.
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        tar.addfile(special("cifar-10-batches-bin", tarfile.SYMTYPE, str(outside)))
+        for name, content in batches[0].items():
+            member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    prepare_corpus(settings(source=path, output=tmp_path / "out"))
+    assert list(outside.iterdir()) == []
+
+
+def test_a_batch_that_is_there_twice_is_refused(tmp_path, batches):
+    path = write_archive(tmp_path / "a.tar", batches[0], mode="w")
+    with tarfile.open(path, "a") as tar:
+        member = tarfile.TarInfo("elsewhere/data_batch_2.bin")
+        member.size = RECORD_BYTES
+        tar.addfile(member, io.BytesIO(b"\0" * RECORD_BYTES))
+    with pytest.raises(CorpusError, match=r"data_batch_2\.bin twice"):
+        prepare_corpus(settings(source=path, output=tmp_path / "out"))
+
+
+def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path, batches):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        member = tarfile.TarInfo("zeros")
+        member.size = 2**40
+        tar.addfile(member)
+    with pytest.raises(CorpusError, match="holds more than"):
+        prepare_corpus(settings(source=path, output=tmp_path / "out"))
+    path = write_archive(tmp_path / "b.tar", {f"{number}": b"" for number in range(1001)}, mode="w")
+    with pytest.raises(CorpusError, match="holds more than"):
+        prepare_corpus(settings(source=path, output=tmp_path / "out"))
+
+
+def test_a_pickle_with_the_name_of_a_batch_is_data(tmp_path, batches):
+    trap = tmp_path / "trap"
+    payload = b"cbuiltins\nopen\n(S'" + str(trap).encode() + b"'\nS'w'\ntR."
+    path = write_archive(tmp_path / "a.tar.gz", {**batches[0], "test_batch.bin": payload, "x.pkl": payload})
+    with pytest.raises(CorpusError, match="multiple of a record"):
+        prepare_corpus(settings(source=path, output=tmp_path / "out"))
+    assert not trap.exists()
+
+
+@hypothesis_settings(deadline=None, max_examples=150)
+@given(position=st.floats(0, 1), values=st.binary(min_size=1, max_size=8))
+def test_a_damaged_archive_is_refused_or_read(tmp_path_factory, position, values):
+    folder = tmp_path_factory.mktemp("damaged")
+    path = write_archive(folder / "a.tar", {"data_batch_1.bin": b"x" * 700, "y": b"y"}, mode="w")
+    data = bytearray(path.read_bytes())
+    start = int(position * 2500)
+    data[start : start + len(values)] = values
+    path.write_bytes(data)
+    with pytest.raises(CorpusError):
+        extract_batches(path, folder)
 
 
 def _damaged(files, name, content):

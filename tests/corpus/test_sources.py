@@ -1,14 +1,11 @@
 """What counts as a corpus: files, folders of shards, folders of images; and what is refused."""
 
+from pathlib import Path
+
 import pytest
 
-from acsr_ray.corpus.sources import (
-    CorpusError,
-    ImageFolder,
-    absolute_uri,
-    find_source,
-    open_parquet,
-)
+from acsr_ray.corpus.containers import open_parquet
+from acsr_ray.corpus.sources import CorpusError, ImageFolder, absolute_uri, find_source
 
 
 def put(path, data=b"x"):
@@ -127,3 +124,48 @@ def test_other_filesystems_of_fsspec(write_shard, tmp_path):
             assert file.metadata.num_rows == 3
     finally:
         memory.rm("/corpus-test", recursive=True)
+
+
+@pytest.fixture
+def memory():
+    """An object store: a key is a text, not a path."""
+    import fsspec
+
+    store = fsspec.filesystem("memory")
+    yield store
+    store.rm("/keys-test", recursive=True)
+
+
+KEYS = [
+    "a.parquet", "A.parquet", "x//a.parquet", "x/a.parquet", "../a.parquet", "x/../a.parquet", "./a.parquet",
+    "back\\slash.parquet", "new\nline.parquet", "n\0ul.parquet", "\u00e9.parquet", "e\u0301.parquet", "x" * 1000 + ".parquet",
+]  # fmt: skip
+
+
+def test_hostile_keys_keep_apart_and_reach_no_path(memory, write_shard, tmp_path):
+    data = write_shard(tmp_path / "a.parquet", 1).read_bytes()
+    for key in KEYS:
+        memory.pipe(f"/keys-test/{key}", data)
+    shards = find_source("memory://keys-test")
+    assert len(shards) == len(KEYS)
+    assert len({shard.relative for shard in shards}) == len(KEYS)
+    assert {"a", "A", "x/a", "\u00e9"} < {shard.relative for shard in shards}
+    for shard in shards:
+        assert Path("/out", shard.relative).resolve().is_relative_to("/out")
+        assert len(shard.relative.encode()) < 255
+        with open_parquet(shard.uri) as file:
+            assert file.metadata.num_rows == 1
+
+
+def test_images_of_hostile_keys_are_all_there(memory):
+    for key in ("a.png", "x//a.png", "x/a.png", "../a.png"):
+        memory.pipe(f"/keys-test/{key}", b"x")
+    folder = find_source("memory://keys-test")
+    assert sorted(file.path for file in folder.files) == ["../a.png", "a.png", "x//a.png", "x/a.png"]
+
+
+def test_a_single_shard_or_folder_with_an_unsafe_name(tmp_path, write_shard):
+    (shard,) = find_source(str(write_shard(tmp_path / ("y" * 200 + ".parquet"), 1)))
+    assert shard.relative.startswith("y" * 60 + "~")
+    put(tmp_path / "back\\slash" / "1.png")
+    assert find_source(str(tmp_path / "back\\slash")).name.startswith("back-slash~")

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from acsr_ray.columns import IMAGE, LABEL
+from acsr_ray.corpus.containers import check_schema
 from acsr_ray.corpus.sources import CorpusError
-from acsr_ray.corpus.units import Unit, check_schema, plan_units, read_unit
+from acsr_ray.corpus.units import Unit, plan_units, read_unit
 
 
 def plan(location, unit_rows=250, unit_megabytes=32.0, limit=None, image_column=IMAGE):
