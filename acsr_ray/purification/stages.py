@@ -41,11 +41,12 @@ from acsr_ray.columns import (
 from acsr_ray.corpus.images import (
     DecodeLimits,
     ImageError,
-    decode_image,
+    Pixels,
     encode_png,
     to_pixels,
     to_unit_range,
 )
+from acsr_ray.corpus.isolated import DEFAULT_DECODER, DecoderSettings, IsolatedDecoder
 from acsr_ray.corpus.labelled import image_bytes
 from acsr_ray.corpus.ledger import Ledger
 from acsr_ray.corpus.units import Unit, read_unit
@@ -72,22 +73,25 @@ class ReadUnits:
 
 
 class DecodeImages:
-    """Decode images to RGB.
+    """Decode images to RGB, in a child process that an image may crash.
 
     Reads the image column.  Adds PIXELS, HEIGHT, WIDTH, STATUS, REASON.
 
     Args:
         image_column: name of the image column.
         limits: what is refused before it is decoded.
+        decoder: bounds on the child process.
     """
 
-    def __init__(self, image_column: str, limits: DecodeLimits) -> None:
+    def __init__(
+        self, image_column: str, limits: DecodeLimits, decoder: DecoderSettings = DEFAULT_DECODER
+    ) -> None:
         self.image_column = image_column
-        self.limits = limits
+        self.decoder = IsolatedDecoder(limits, decoder)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Decode every row; a row that cannot be decoded gets a reason instead of pixels."""
-        rows = [self._decode(data) for data in image_bytes(table[self.image_column])]
+        rows = [_decoded(image) for image in self.decoder.decode_all(image_bytes(table[self.image_column]))]
         for name, kind, values in zip(
             (PIXELS, HEIGHT, WIDTH, STATUS, REASON),
             (pa.large_binary(), pa.int32(), pa.int32(), pa.string(), pa.string()),
@@ -97,12 +101,11 @@ class DecodeImages:
             table = table.append_column(name, pa.array(values, kind))
         return table
 
-    def _decode(self, data: bytes | None) -> tuple[Any, ...]:
-        try:
-            pixels = decode_image(data, self.limits)
-        except ImageError as error:
-            return None, None, None, QUARANTINED, error.reason
-        return pixels.tobytes(), *pixels.shape[:2], PURIFIED, None
+
+def _decoded(image: Pixels | ImageError) -> tuple[Any, ...]:
+    if isinstance(image, ImageError):
+        return None, None, None, QUARANTINED, image.reason
+    return image.tobytes(), *image.shape[:2], PURIFIED, None
 
 
 class EncodeImages:
