@@ -20,6 +20,7 @@ from acsr_ray.columns import IMAGE
 from acsr_ray.config import Device, FailedError, JobSettings
 from acsr_ray.corpus.changes import list_corpus
 from acsr_ray.corpus.images import DecodeLimits
+from acsr_ray.corpus.isolated import DecoderSettings
 from acsr_ray.corpus.lease import Lease
 from acsr_ray.corpus.ledger import Ledger
 from acsr_ray.corpus.night import Night, NightSettings
@@ -114,6 +115,8 @@ class PurifyCorpusSettings(JobSettings):
     """Where encoder and solver run; auto takes GPUs when the cluster has some."""
     decode: DecodeLimits = DecodeLimits()
     """Limits on encoded and decoded images."""
+    decoder: DecoderSettings = DecoderSettings()
+    """Bounds on the process that decodes."""
     ray: RaySettings = RaySettings()
     """Where Ray runs and how much of it to take."""
 
@@ -273,11 +276,16 @@ def build_pipeline(
         watch = Watch(overseer, writer["fingerprint"], position)
         return {"chain": WatchedChain, "options": {"watch": watch}}
 
+    decoding = {
+        "image_column": settings.image_column,
+        "limits": settings.decode,
+        "decoder": settings.decoder,
+    }
     purifying = {**model, "on_failure": settings.on_failure}
     decoded = map_in_actors(
         unit_blocks(units),
         (ReadUnits, {}),
-        (DecodeImages, {"image_column": settings.image_column, "limits": settings.decode}),
+        (DecodeImages, decoding),
         actors=shares.codec_actors,
         cpus=shares.codec_cpus,
         **watched("first"),

@@ -15,6 +15,7 @@ from acsr_ray.corpus.containers import ContainerError
 from acsr_ray.corpus.ledger import LateAttemptError
 from acsr_ray.corpus.units import ShardChangedError, Unit
 from acsr_ray.distributed.blocks import Stage, StageChain
+from acsr_ray.distributed.joining import check_environment
 from acsr_ray.purification.failures import (
     FailureKind,
     StageError,
@@ -59,6 +60,7 @@ class WatchedChain(StageChain):
     def __init__(self, stages: Sequence[Stage], watch: Watch) -> None:
         self.watch = watch
         self.name = "+".join(make.__name__ for make, _ in stages)
+        check_environment()
         if not ray.get(watch.overseer.starting.remote(self.name)):
             raise StartError(f"workers of {self.name} die before they are ready")
         super().__init__(stages)
