@@ -181,6 +181,8 @@ class DiskStorage:
                 os.link(staged, path)
             except FileExistsError:
                 return False
+            except FileNotFoundError as error:
+                raise StorageError(f"{path} is not written: another run swept its staging file") from error
             finally:
                 staged.unlink(missing_ok=True)
             _sync(path.parent)

@@ -7,16 +7,16 @@ job, and an innocent one would have to be met by chance four times, the last two
 """
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 PARTS = 16
 """Parts that a unit is cut into after it fell."""
 MOST_FALLS = 6
-"""Falls since the last quarantined row after which a unit is given up; a later run grants two more."""
+"""Falls since a row was last blamed after which a unit is given up; a later run grants two more."""
 MOST_POISON = 8
-"""Rows of a unit that may be quarantined so before it is the stage that is to blame."""
+"""Rows of a unit that may be blamed before it is the stage that is to blame."""
 MOST_STARTS = 4
 """Starts of a stage in a row that never ended; after these the run stops."""
 
@@ -44,8 +44,8 @@ class Record:
 
     falls: int = 0
     suspect: tuple[int, int] | None = None
-    accused: int | None = None
-    """Row that fell alone once."""
+    accused: set[int] = field(default_factory=set)
+    """Rows that fell alone once."""
     poison: dict[int, str] = field(default_factory=dict)
 
     def to_dict(self, unit: str) -> dict[str, Any]:
@@ -55,7 +55,7 @@ class Record:
             "unit": unit,
             "falls": self.falls,
             "suspect": self.suspect,
-            "accused": self.accused,
+            "accused": sorted(self.accused),
             "poison": poison,
         }
 
@@ -66,7 +66,7 @@ class Record:
         return cls(
             content["falls"],
             None if suspect is None else (suspect[0], suspect[1]),
-            content["accused"],
+            set(content["accused"]),
             {int(row): reason for row, reason in content["poison"].items()},
         )
 
@@ -130,7 +130,8 @@ class AttemptBook:
             self._fell(unit, before, divisible)
         record = self.records.get(unit, Record())
         refusal: Refusal | None = None
-        if record.falls >= MOST_FALLS or (record.falls > 1 and len(record.poison) >= MOST_POISON):
+        blamed = len(record.poison) + len(record.accused)
+        if record.falls >= MOST_FALLS or (record.falls > 1 and blamed >= MOST_POISON):
             refusal = "given_up"
         elif self.stopping and not last_stage:
             refusal = "stopping"
@@ -187,23 +188,39 @@ class AttemptBook:
         first, behind = flight.rows
         if behind - first > 1:
             record.suspect = (first, behind)
-        elif record.accused == first:
+            return
+        # Something was learnt: other rows may be guilty too, and are found in the same way.
+        record.falls, record.suspect = 1, None
+        if first in record.accused:
+            record.accused.remove(first)
             record.poison[first] = "worker_crash"
-            record.accused = record.suspect = None
-            # Other rows of the unit may be guilty too: they are found in the same way.
-            record.falls = 0
         else:
-            record.accused = first
+            record.accused.add(first)
 
 
 def _parts(record: Record, rows: int) -> tuple[tuple[int, int], ...]:
-    """Return the ranges to try, the suspected ones last, so that all others are done before the next fall."""
+    """Return the ranges to try: what is not suspected, parts of what is, and last, one by one, accused rows."""
     if not record.falls:
         return ()
     first, behind = record.suspect or (0, rows)
-    size = 1 if behind - first <= -(-rows // PARTS) else -(-rows // PARTS)
-    around = [part for part in ((0, first), (behind, rows)) if part[0] < part[1]]
-    inside = [(start, min(start + size, behind)) for start in range(first, behind, size)]
-    if record.accused is not None:
-        inside.sort(key=lambda part: part == (record.accused, (record.accused or 0) + 1))
-    return (*around, *inside)
+    most = -(-rows // PARTS)
+    size = 1 if behind - first <= most else most
+    ranges = [
+        (0, first),
+        (behind, rows),
+        *((at, min(at + size, behind)) for at in range(first, behind, size)),
+    ]
+    accused = sorted(record.accused)
+    return (*(part for whole in ranges for part in _without(whole, accused)), *((r, r + 1) for r in accused))
+
+
+def _without(part: tuple[int, int], rows: list[int]) -> Iterator[tuple[int, int]]:
+    """Yield what is left of a range without some rows, which are in order."""
+    first, behind = part
+    for row in rows:
+        if first <= row < behind:
+            if first < row:
+                yield first, row
+            first = row + 1
+    if first < behind:
+        yield first, behind
