@@ -149,9 +149,10 @@ def _decode(data: bytes, limits: DecodeLimits) -> Pixels:
             if image.format == "PNG":
                 check_png_rows(image, data)
             pixels = to_rgb(image, data[PNG_DEPTH] if image.format == "PNG" else 8)
-        # Pillow has turned a TIFF already. The tag of a PNG may come after its pixels. Only this tag is read:
-        # writing the whole EXIF block back, as Pillow's own helper does, fails where other tags are odd.
-        return pixels if image.format == "TIFF" else upright(pixels, image.getexif().get(ORIENTATION_TAG))
+        # Read after loading: a PNG may have the tag after its pixels, and from a TIFF, which Pillow turns
+        # itself, it is gone by then. Only this tag is read: writing the whole EXIF block back, as Pillow's
+        # own helper does, fails where other tags are odd.
+        return upright(pixels, image.getexif().get(ORIENTATION_TAG))
 
 
 def _decode_jpeg(image: Image.Image, data: bytes) -> Pixels:
