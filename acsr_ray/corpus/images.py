@@ -23,7 +23,7 @@ from acsr_ray.config import Settings
 from acsr_ray.corpus.conversion import Pixels as Pixels
 from acsr_ray.corpus.conversion import to_rgb, upright
 from acsr_ray.corpus.frames import count_frames
-from acsr_ray.corpus.integrity import check_jpeg, check_png
+from acsr_ray.corpus.integrity import check_jpeg, check_png, check_png_rows
 from acsr_ray.corpus.refusals import ImageError as ImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
@@ -146,10 +146,13 @@ def _decode(data: bytes, limits: DecodeLimits) -> Pixels:
             if image.format == "TIFF":
                 _check_tiff(image)
             image.load()
+            if image.format == "PNG":
+                check_png_rows(image, data)
             pixels = to_rgb(image, data[PNG_DEPTH] if image.format == "PNG" else 8)
-        # Pillow has turned a TIFF already. The tag of a PNG may come after its pixels. Only this tag is read:
-        # writing the whole EXIF block back, as Pillow's own helper does, fails where other tags are odd.
-        return pixels if image.format == "TIFF" else upright(pixels, image.getexif().get(ORIENTATION_TAG))
+        # Read after loading: a PNG may have the tag after its pixels, and from a TIFF, which Pillow turns
+        # itself, it is gone by then. Only this tag is read: writing the whole EXIF block back, as Pillow's
+        # own helper does, fails where other tags are odd.
+        return upright(pixels, image.getexif().get(ORIENTATION_TAG))
 
 
 def _decode_jpeg(image: Image.Image, data: bytes) -> Pixels:
@@ -163,7 +166,12 @@ def _decode_jpeg(image: Image.Image, data: bytes) -> Pixels:
         raise
     if (width, height) != image.size:
         raise ValueError("JPEG with two sizes")
-    samples = simplejpeg.decode_jpeg(data, colorspace=JPEG_SPACES[image.mode], strict=True)
+    try:
+        samples = simplejpeg.decode_jpeg(data, colorspace=JPEG_SPACES[image.mode], strict=True)
+    except ValueError as error:
+        if "Insufficient memory" in str(error):
+            raise MemoryError(str(error)) from error
+        raise
     if image.mode == "RGB":
         return samples
     if image.mode == "L":

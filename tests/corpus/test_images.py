@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from acsr_ray.config import JobSettings, parse_job
 from acsr_ray.corpus.images import (
     DecodeLimits,
     ImageError,
@@ -130,80 +131,6 @@ def test_rgb_formats_keep_their_pixels():
         assert np.array_equal(decode_image(encoded(IMAGE, fmt, **options), LIMITS), PIXELS), fmt
 
 
-def test_grey_becomes_three_equal_channels():
-    grey = PIXELS[..., 0]
-    decoded = decode_image(encoded(Image.fromarray(grey)), LIMITS)
-    assert np.array_equal(decoded, np.repeat(grey[..., None], 3, axis=2))
-
-
-def test_one_bit_becomes_black_and_white():
-    bits = PIXELS[..., 0] > 127
-    decoded = decode_image(encoded(Image.fromarray(bits)), LIMITS)
-    assert np.array_equal(decoded, np.repeat(255 * bits[..., None].astype(np.uint8), 3, axis=2))
-
-
-def over_white(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    weight = alpha[..., None].astype(float) / 255
-    return colour * weight + 255 * (1 - weight)
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "LA"])
-def test_alpha_is_composited_over_white(mode):
-    alpha = GENERATOR.integers(0, 256, PIXELS.shape[:2]).astype(np.uint8)
-    alpha[0], alpha[1] = 0, 255
-    image = IMAGE.convert("L" if mode == "LA" else "RGB")
-    colour = np.asarray(image.convert("RGB"))
-    image.putalpha(Image.fromarray(alpha))
-    assert image.mode == mode
-    decoded = decode_image(encoded(image), LIMITS).astype(float)
-    assert np.abs(decoded - over_white(colour, alpha)).max() <= 1
-    assert (decoded[0] == 255).all()
-    assert np.array_equal(decoded[1], colour[1])
-
-
-@pytest.mark.parametrize("transparency", [0, bytes([255, 0, 128])], ids=["one-index", "table"])
-def test_palette_with_transparency_is_composited_over_white(transparency):
-    image = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
-    image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
-    decoded = decode_image(encoded(image, transparency=transparency), LIMITS)[0].tolist()
-    if transparency == 0:
-        assert decoded == [[255, 255, 255], [0, 255, 0], [0, 0, 255]]
-    else:
-        assert decoded[:2] == [[255, 0, 0], [255, 255, 255]]
-        assert decoded[2][2] == 255
-        assert abs(decoded[2][0] - 127) <= 1
-
-
-def test_colour_key_transparency_is_composited_over_white():
-    image = Image.fromarray(np.array([[[9, 8, 7], [1, 2, 3]]], np.uint8))
-    decoded = decode_image(encoded(image, transparency=(9, 8, 7)), LIMITS)
-    assert decoded.tolist() == [[[255, 255, 255], [1, 2, 3]]]
-
-
-def test_palette_without_transparency():
-    image = IMAGE.quantize(16)
-    assert np.array_equal(decode_image(encoded(image), LIMITS), np.asarray(image.convert("RGB")))
-
-
-def test_cmyk_jpeg():
-    colours = {"red": (255, 0, 0), "white": (255, 255, 255), "navy": (0, 0, 128)}
-    for name, rgb in colours.items():
-        data = encoded(
-            Image.new("CMYK", (8, 8), Image.new("RGB", (1, 1), name).convert("CMYK").getpixel((0, 0))), "JPEG"
-        )
-        decoded = decode_image(data, LIMITS).astype(int)
-        assert np.abs(decoded - rgb).max() <= 4, name
-
-
-def test_sixteen_bit_grey_is_scaled():
-    values = np.array([[0, 257, 257 * 100, 65535, 65534]], np.uint16)
-    data = encoded(Image.fromarray(values))
-    assert Image.open(io.BytesIO(data)).mode.startswith("I;16")
-    decoded = decode_image(data, LIMITS)
-    assert decoded[0, :, 0].tolist() == [0, 1, 100, 255, 254]
-    assert np.array_equal(decoded[..., 0], decoded[..., 2])
-
-
 # How stored pixels look when shown, by EXIF 2.32 section 4.6.4 A.
 UPRIGHT = {
     1: lambda a: a,
@@ -217,17 +144,41 @@ UPRIGHT = {
 }
 
 
-@pytest.mark.parametrize("fmt", ["PNG", "WEBP", "JPEG"])
+ALL = DecodeLimits(extra_formats=("GIF", "TIFF"))
+KINDS = {
+    "png": ("PNG", {}),
+    "webp": ("WEBP", {"lossless": True}),
+    "jpeg": ("JPEG", {"quality": 95, "subsampling": 0}),
+    "tiff": ("TIFF", {}),
+    "lzw-tiff": ("TIFF", {"compression": "tiff_lzw"}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("orientation", UPRIGHT)
-def test_exif_orientation_is_applied(orientation, fmt):
+def test_exif_orientation_is_applied_once(orientation, kind):
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
-    options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 95, "subsampling": 0}}.get(fmt, {})
+    fmt, options = KINDS[kind]
     stored = np.asarray(IMAGE.resize((32, 16)))
     image = Image.fromarray(stored)
     plain = np.asarray(Image.open(io.BytesIO(encoded(image, fmt, **options))))
-    decoded = decode_image(encoded(image, fmt, exif=exif, **options), LIMITS)
+    decoded = decode_image(encoded(image, fmt, exif=exif, **options), ALL)
     assert np.array_equal(decoded, UPRIGHT[orientation](plain))
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_orientation_after_the_pixels_of_a_png(raw_png, png_chunk, orientation):
+    exif = exif_entries((ORIENTATION, 3, 1, struct.pack("<I", orientation)))[6:]
+    for place in ("before", "after"):
+        data = raw_png(PIXELS, 2, 8, **{place: png_chunk(b"eXIf", exif)})
+        assert np.array_equal(decode_image(data, LIMITS), UPRIGHT[orientation](PIXELS)), place
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+def test_orientations_without_a_meaning(orientation):
+    exif = exif_entries((ORIENTATION, 3, 1, struct.pack("<I", orientation)))
+    assert np.array_equal(decode_image(encoded(IMAGE, exif=exif), LIMITS), PIXELS)
 
 
 @pytest.mark.parametrize(
@@ -250,20 +201,85 @@ def test_damaged_exif_is_an_image_error_at_most(entry, fmt):
     assert outcome in ((14, 9, 3), "decode_error")
 
 
-@pytest.mark.parametrize(("fmt", "options"), [("WEBP", {"lossless": True}), ("PNG", {})])
-def test_first_frame_of_an_animation(fmt, options):
-    other = Image.fromarray(255 - PIXELS)
-    data = encoded(IMAGE, fmt, save_all=True, append_images=[other, other], duration=50, **options)
-    assert Image.open(io.BytesIO(data)).n_frames > 1
-    assert np.array_equal(decode_image(data, LIMITS), PIXELS)
+SECOND = Image.fromarray(255 - PIXELS)
+FRAMES = {"save_all": True, "append_images": [SECOND, IMAGE]}
+ANIMATED = {
+    "png": encoded(IMAGE, **FRAMES, duration=50),
+    "webp": encoded(IMAGE, "WEBP", **FRAMES, duration=50, lossless=True),
+    "tiff": encoded(IMAGE, "TIFF", **FRAMES),
+    "big-tiff": encoded(IMAGE, "TIFF", **FRAMES, big_tiff=True),
+}
 
 
-def test_metadata_is_dropped():
+@pytest.mark.parametrize("kind", ANIMATED)
+def test_first_frame_of_several(kind):
+    data = ANIMATED[kind]
+    assert np.array_equal(decode_image(data, ALL.model_copy(update={"max_frames": 3})), PIXELS)
+    assert reason_of(data, ALL.model_copy(update={"max_frames": 2})) == "too_large"
+
+
+@pytest.mark.parametrize("fmt", ["GIF", "MPO"])
+def test_first_frame_of_several_lossy_ones(fmt):
+    first = IMAGE.quantize(8) if fmt == "GIF" else IMAGE
+    data = encoded(first, fmt, **FRAMES)
+    shown = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    assert np.array_equal(decode_image(data, ALL.model_copy(update={"max_frames": 3})), shown)
+    assert reason_of(data, ALL.model_copy(update={"max_frames": 2})) == "too_large"
+
+
+def test_written_pngs_have_no_metadata():
     exif = Image.Exif()
     exif[0x010E] = "secret place"
-    data = encode_png(decode_image(encoded(IMAGE, exif=exif), LIMITS))
-    assert b"secret" not in data
-    assert b"eXIf" not in data
+    given = encoded(IMAGE, exif=exif, dpi=(72, 72), icc_profile=b"secret profile")
+    data = encode_png(decode_image(given, LIMITS))
+    kinds, position = set(), 8
+    while position < len(data):
+        length, kind = struct.unpack_from(">I4s", data, position)
+        kinds.add(kind)
+        position += 12 + length
+    assert kinds == {b"IHDR", b"IDAT", b"IEND"}
+
+
+def test_formats_are_opened_only_when_asked_for():
+    gif, tiff = encoded(IMAGE.quantize(16), "GIF"), encoded(IMAGE, "TIFF")
+    only_gif = DecodeLimits(extra_formats=("GIF",))
+    assert decode_image(gif, only_gif).shape == PIXELS.shape
+    assert reason_of(tiff, only_gif) == "unsupported_format"
+    assert reason_of(tiff[:100], ALL) == "decode_error"
+    assert reason_of(b"RIFF\x04\0\0\0WAVEfmt ") == "unsupported_format"
+
+
+def test_extra_formats_are_a_flag():
+    class Job(JobSettings):
+        """A job that decodes."""
+
+        decode: DecodeLimits = DecodeLimits()
+
+    job = parse_job(
+        Job, "purify_corpus", ["--decode.extra-formats", "GIF", "TIFF", "--decode.max-frames", "9"]
+    )
+    assert job.decode == DecodeLimits(extra_formats=("GIF", "TIFF"), max_frames=9)
+    with pytest.raises(SystemExit):
+        parse_job(Job, "purify_corpus", ["--decode.extra-formats", "EPS"])
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    kind=st.sampled_from(sorted(KINDS)),
+    size=st.one_of(
+        st.tuples(st.integers(1, 40), st.integers(1, 40)),
+        st.sampled_from([(1, 1), (1, 4001), (4001, 1), (2, 1999), (101, 7), (127, 131)]),
+    ),
+    grey=st.booleans(),
+)
+def test_sizes_are_kept_exactly(kind, size, grey):
+    fmt, options = KINDS[kind]
+    shape = size if grey else (*size, 3)
+    pixels = np.random.default_rng(size).integers(0, 256, shape).astype(np.uint8)
+    decoded = decode_image(encoded(Image.fromarray(pixels), fmt, **options), ALL)
+    assert decoded.shape == (*size, 3)
+    if fmt != "JPEG":
+        assert (decoded == (pixels[..., None] if grey else pixels)).all()
 
 
 @settings(deadline=None, max_examples=25)
