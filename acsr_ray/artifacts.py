@@ -106,7 +106,7 @@ def artifact_kind(directory: Path) -> str | None:
     """Return what the manifest of a directory says it is, None when there is no readable manifest."""
     try:
         manifest = json.loads((directory / MANIFEST).read_bytes())
-    except (ValueError, OSError):
+    except (ValueError, RecursionError, OSError):
         return None
     kind = manifest.get("kind") if isinstance(manifest, dict) else None
     return kind if isinstance(kind, str) else None
@@ -119,7 +119,7 @@ def load_artifact(directory: Path, kind: str) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ArtifactError(f"no {kind} at {directory}: {MANIFEST} is missing") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise ArtifactError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         raise ArtifactError(f"{path} is not an artifact manifest")
@@ -130,6 +130,8 @@ def load_artifact(directory: Path, kind: str) -> dict[str, Any]:
             f"{path} has schema version {manifest.get('schema_version')}, expected {SCHEMA_VERSION}"
         )
     for name, digest in manifest["files"].items():
+        if "\0" in name or not isinstance(digest, str):
+            raise ArtifactError(f"{path} lists {name!r} without a digest, or by a name that no file has")
         file = directory / name
         if not file.resolve().is_relative_to(directory.resolve()):
             raise ArtifactError(f"{path} lists {name!r}, which is outside the artifact")

@@ -30,8 +30,8 @@ class CorpusError(AcsrError, ValueError):
 
 
 CHAIN = "::"
-"""What joins the addresses of a chain for fsspec. A file with it in its name would be taken for one, and what
-is read would be the last of them, on whatever host that names."""
+"""What joins the addresses of a chain for fsspec. A file with it in its name would be taken for one, and
+another file would be read."""
 
 
 @dataclass(frozen=True)

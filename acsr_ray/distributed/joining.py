@@ -95,9 +95,11 @@ def join_cluster(address: str) -> None:
 
 def _check_listening(address: str) -> None:
     """Refuse an address where nothing listens; one without host and port is left to Ray."""
-    match = re.fullmatch(r"(?:ray://)?\[?([^\[\]/]+?)\]?:(\d{1,5})", address)
-    if match is None or not 0 < int(match[2]) < 2**16:
+    match = re.fullmatch(r"(?:ray://)?\[?([^\[\]/]+?)\]?:(\d+)", address)
+    if match is None:
         return
+    if not 0 < int(match[2]) < 2**16:
+        raise ResourceError(f"the Ray address {address} has no valid port; it is HOST:PORT of the head")
     deadline = time.monotonic() + CONNECT_SECONDS
     while True:
         try:

@@ -232,8 +232,11 @@ def load_bundle(location: str | Path) -> Bundle:
     missing = ({ENCODER, CLUSTERS, DICTIONARIES} | learnt) - manifest["files"].keys()
     if missing:
         raise ArtifactError(f"{directory} has no digest of {', '.join(sorted(missing))}")
-    gaussians = Gaussians.unpack(load_tensors(directory / CLUSTERS))
-    atoms = load_tensors(directory / DICTIONARIES)["atoms"].float()
+    try:
+        gaussians = Gaussians.unpack(load_tensors(directory / CLUSTERS))
+        atoms = load_tensors(directory / DICTIONARIES)["atoms"].float()
+    except KeyError as error:
+        raise ArtifactError(f"{directory} has no usable tensors: {error} is missing") from error
     weights = load_tensors(directory / RECONSTRUCTION) if learnt else {}
     weights = {name: tensor.float() for name, tensor in weights.items()}
     return Bundle(config, load_tensors(directory / ENCODER), gaussians, atoms, weights)

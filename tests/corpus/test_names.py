@@ -27,10 +27,34 @@ def test_safe_names_stay(name):
 @pytest.mark.parametrize(
     "name",
     [
-        "", "..", "a/../b", "./a", "a//b", "/a", "a/", "a\\b", "..\\..\\a", "a\nb", "a\0", "\ud800", "e\u0301", "a:b",
-        "a.", "a ", ".a", "_a", "\u202eb", "a" * 181, "ä" * 91, "a/" * 301, "a~" + "0" * 20, "C:\\x", "a|b", "*",
+        "",
+        "..",
+        "a/../b",
+        "./a",
+        "a//b",
+        "/a",
+        "a/",
+        "a\\b",
+        "..\\..\\a",
+        "a\nb",
+        "a\0",
+        "\ud800",
+        "e\u0301",
+        "a:b",
+        "a.",
+        "a ",
+        ".a",
+        "_a",
+        "\u202eb",
+        "a" * 181,
+        "ä" * 91,
+        "a/" * 301,
+        "a~" + "0" * 20,
+        "C:\\x",
+        "a|b",
+        "*",
     ],
-)  # fmt: skip
+)
 def test_other_names_are_replaced(name):
     replaced = safe_name(name)
     assert replaced != name

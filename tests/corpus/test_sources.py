@@ -137,9 +137,20 @@ def memory():
 
 
 KEYS = [
-    "a.parquet", "A.parquet", "x//a.parquet", "x/a.parquet", "../a.parquet", "x/../a.parquet", "./a.parquet",
-    "back\\slash.parquet", "new\nline.parquet", "n\0ul.parquet", "\u00e9.parquet", "e\u0301.parquet", "x" * 1000 + ".parquet",
-]  # fmt: skip
+    "a.parquet",
+    "A.parquet",
+    "x//a.parquet",
+    "x/a.parquet",
+    "../a.parquet",
+    "x/../a.parquet",
+    "./a.parquet",
+    "back\\slash.parquet",
+    "new\nline.parquet",
+    "n\0ul.parquet",
+    "\u00e9.parquet",
+    "e\u0301.parquet",
+    "x" * 1000 + ".parquet",
+]
 
 
 def test_hostile_keys_keep_apart_and_reach_no_path(memory, write_shard, tmp_path):
