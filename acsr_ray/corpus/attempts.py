@@ -199,19 +199,19 @@ class AttemptBook:
 
 
 def _parts(record: Record, rows: int) -> tuple[tuple[int, int], ...]:
-    """Return the ranges to try: what is not suspected, parts of what is, and last, one by one, accused rows."""
+    """Return the ranges to try: parts of what is suspected, the rest, and last, one by one, accused rows.
+
+    The suspected first: did another guilty row of the rest fall before, each would hide the other for ever.
+    """
     if not record.falls:
         return ()
     first, behind = record.suspect or (0, rows)
     most = -(-rows // PARTS)
     size = 1 if behind - first <= most else most
-    ranges = [
-        (0, first),
-        (behind, rows),
-        *((at, min(at + size, behind)) for at in range(first, behind, size)),
-    ]
+    inside = [(at, min(at + size, behind)) for at in range(first, behind, size)]
     accused = sorted(record.accused)
-    return (*(part for whole in ranges for part in _without(whole, accused)), *((r, r + 1) for r in accused))
+    rest = [part for whole in (*inside, (0, first), (behind, rows)) for part in _without(whole, accused)]
+    return (*rest, *((row, row + 1) for row in accused))
 
 
 def _without(part: tuple[int, int], rows: list[int]) -> Iterator[tuple[int, int]]:
