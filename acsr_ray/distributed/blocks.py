@@ -51,13 +51,18 @@ class StageChain:
         return table
 
 
+def chain_name(stages: Sequence[Stage]) -> str:
+    """Return a name for a chain: those of its stages."""
+    return "+".join(make.__name__ for make, _ in stages)
+
+
 def map_in_actors(
     blocks: Dataset,
     *stages: Stage,
     actors: int,
     cpus: float,
     gpus: float = 0.0,
-    chain: Callable[..., StageChain] = StageChain,
+    chain: type[StageChain] = StageChain,
     options: Mapping[str, Any] = MappingProxyType({}),
 ) -> Dataset:
     """Apply stages to every block, in a pool of actors of fixed size.
@@ -74,9 +79,11 @@ def map_in_actors(
     Actors also for stages without a model: beside as many actors as CPUs, Ray ends every idle worker within
     a second, and a task that needs a new one pays for its imports, several seconds.
     """
+    # Named after its stages, so that Ray's lists of actors and processes say what runs where.
+    named = type(chain_name(stages), (chain,), {})
     # Not map_batches: with GPUs it insists on a number of rows per call, and a call here is a whole block.
     return blocks.map_batches_internal(
-        chain,
+        named,
         fn_constructor_kwargs={"stages": stages, **options},
         batch_size=None,
         batch_format="pyarrow",

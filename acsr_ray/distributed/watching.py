@@ -14,7 +14,7 @@ from acsr_ray.corpus.attempts import Orders
 from acsr_ray.corpus.containers import ContainerError
 from acsr_ray.corpus.ledger import LateAttemptError
 from acsr_ray.corpus.units import ShardChangedError, Unit
-from acsr_ray.distributed.blocks import Stage, StageChain
+from acsr_ray.distributed.blocks import Stage, StageChain, chain_name
 from acsr_ray.distributed.joining import check_environment
 from acsr_ray.purification.failures import (
     FailureKind,
@@ -59,7 +59,7 @@ class WatchedChain(StageChain):
 
     def __init__(self, stages: Sequence[Stage], watch: Watch) -> None:
         self.watch = watch
-        self.name = "+".join(make.__name__ for make, _ in stages)
+        self.name = chain_name(stages)
         check_environment()
         if not ray.get(watch.overseer.starting.remote(self.name)):
             raise StartError(f"workers of {self.name} die before they are ready")

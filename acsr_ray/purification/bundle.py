@@ -166,8 +166,6 @@ class Bundle:
         learnt = {
             "encoder": self.encoder,
             "clusters": {"mean": self.gaussians.mean, "whitening": self.gaussians.whitening},
-            "dictionaries": {"atoms": self.atoms},
-            "reconstruction": self.reconstruction,
         }
         for part, tensors in learnt.items():
             if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):

@@ -55,7 +55,7 @@ def test_every_pool_runs_where_and_with_what_its_settings_say(start_nodes, tmp_p
         "of_class",
         "choose_clusters",
         "DecodeUnits",
-        "ReadUnits)->(DecodeImages",
+        "ReadUnits+DecodeImages",
         "SelectClusters",
         "WriteUnits",
     }
