@@ -77,11 +77,10 @@ class Flight:
 
     unit: str
     stage: str
-    worker: str
     rows: tuple[int, int]
     began: float
-    handle: Any = None
-    """What kills the worker."""
+    node: str
+    pid: int
     killed: bool = False
 
 
@@ -98,6 +97,7 @@ class AttemptBook:
             record.falls = min(record.falls, MOST_FALLS - 2)
         self.stopping = False
         self.draining: frozenset[str] = frozenset()
+        self.last_event = time.monotonic()
         self._flights: dict[tuple[str, str], Flight] = {}
         self._starts: dict[str, int] = {}
 
@@ -106,9 +106,8 @@ class AttemptBook:
         stage: str,
         unit: str,
         rows: int,
-        worker: str,
-        node: str = "",
-        handle: Any = None,  # noqa: ANN401  (whatever kills a worker)
+        node: str,
+        pid: int,
         *,
         last_stage: bool = False,
         divisible: bool = True,
@@ -119,14 +118,14 @@ class AttemptBook:
             stage: name of the stage.
             unit: name of the unit.
             rows: of the unit.
-            worker: the process; another one than before means that the one before fell.
-            node: where it runs.
-            handle: what kills the worker.
+            node: where the worker runs.
+            pid: its process; another one than before means that the one before fell.
             last_stage: nothing is left but to publish: neither a stop nor a drain holds it up.
             divisible: whether parts of the unit can be tried alone.
         """
+        self.last_event = time.monotonic()
         before = self._flights.pop((stage, unit), None)
-        if before is not None and before.worker != worker:
+        if before is not None and (before.node, before.pid) != (node, pid):
             self._fell(unit, before, divisible)
         record = self.records.get(unit, Record())
         refusal: Refusal | None = None
@@ -139,12 +138,13 @@ class AttemptBook:
             refusal = "draining"
         if refusal:
             return Orders(refusal=refusal, falls=record.falls)
-        self._flights[stage, unit] = Flight(unit, stage, worker, (0, rows), time.monotonic(), handle)
+        self._flights[stage, unit] = Flight(unit, stage, (0, rows), time.monotonic(), node, pid)
         parts = _parts(record, rows) if divisible else ()
         return Orders(parts, dict(record.poison), None, record.falls)
 
     def narrow(self, stage: str, unit: str, first: int, behind: int) -> None:
         """Note which rows a worker is about to try."""
+        self.last_event = time.monotonic()
         flight = self._flights.get((stage, unit))
         if flight is not None:
             flight.rows = (first, behind)
@@ -152,6 +152,7 @@ class AttemptBook:
 
     def end(self, stage: str, unit: str) -> None:
         """Note that a stage is done with a unit, well or not."""
+        self.last_event = time.monotonic()
         self._flights.pop((stage, unit), None)
 
     def overdue(self, seconds: float) -> list[Flight]:
@@ -169,6 +170,7 @@ class AttemptBook:
 
     def started(self, stage: str) -> None:
         """Note that a worker got ready."""
+        self.last_event = time.monotonic()
         self._starts[stage] = 0
 
     def stillborn(self) -> list[str]:

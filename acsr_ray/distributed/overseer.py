@@ -1,6 +1,7 @@
 """The actor that keeps the attempt book of a run; it imports nothing heavy, to be there before the stages."""
 
 import logging
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,8 +59,10 @@ class Overseer:
         """Let no stage begin another unit; what is begun is finished and published."""
         self._book.stopping = True
 
-    def look(self, timeout_s: float, draining: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
-        """Hear which nodes are leaving; return what hangs, and the stages whose workers do not get ready.
+    def look(
+        self, timeout_s: float, draining: Sequence[str]
+    ) -> tuple[list[dict[str, Any]], list[str], float]:
+        """Hear which nodes are leaving; return what hangs, stages that do not start, and seconds of silence.
 
         Args:
             timeout_s: seconds on one unit, or part of one, after which its worker is taken for hung.
@@ -71,12 +74,12 @@ class Overseer:
                 "stage": flight.stage,
                 "unit": flight.unit,
                 "rows": flight.rows,
-                "worker": flight.worker,
-                "handle": flight.handle,
+                "node": flight.node,
+                "pid": flight.pid,
             }
             for flight in self._book.overdue(timeout_s)
         ]
-        return late, self._book.stillborn()
+        return late, self._book.stillborn(), time.monotonic() - self._book.last_event
 
 
 def start_overseer(output: str) -> "ActorHandle[Any]":

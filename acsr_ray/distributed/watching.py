@@ -65,10 +65,7 @@ class WatchedChain(StageChain):
             raise StartError(f"workers of {self.name} die before they are ready")
         super().__init__(stages)
         ray.get(watch.overseer.started.remote(self.name))
-        context = ray.get_runtime_context()
-        self.node: str = context.get_node_id()
-        self.handle = context.current_actor
-        self.worker = f"process {os.getpid()} of node {self.node[:8]}"
+        self.node: str = ray.get_runtime_context().get_node_id()
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Pass a unit through all stages; a unit that failed before, or fails here, becomes one row."""
@@ -83,9 +80,8 @@ class WatchedChain(StageChain):
                 self.name,
                 name,
                 rows=unit.num_rows,
-                worker=self.worker,
                 node=self.node,
-                handle=self.handle,
+                pid=os.getpid(),
                 last_stage=position == "last",
                 divisible=self.watch.divisible,
             )

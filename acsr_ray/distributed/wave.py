@@ -1,5 +1,6 @@
 """Run one pipeline over a wave of units and watch it: progress, hung workers, leaving nodes, stops."""
 
+import contextlib
 import logging
 import queue
 import threading
@@ -8,10 +9,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import ray
 from ray.actor import ActorHandle
 from ray.data import Dataset
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from acsr_ray.config import FailedError, ResumableStop
 from acsr_ray.corpus.stopping import StopRequest
@@ -23,6 +26,8 @@ logger = logging.getLogger(__name__)
 TICK_S = 0.5
 LOOK_S = 1.0
 SPACE_S = 10.0
+STILL_S = 60.0
+"""So long, and twice the stage timeout, may nothing happen at all, the wait for machines included."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,7 @@ class _Keeper:
         self._overseer: Any = overseer
         self._storage, self._stop, self._limits = storage, stop, limits
         self._looked = self._measured = -1e9
+        self._began = time.monotonic()
         self._told = False
         self._drained: frozenset[str] = frozenset()
 
@@ -111,20 +117,42 @@ class _Keeper:
         if drained - self._drained:
             logger.warning("%d nodes are leaving: they begin no new unit", len(drained))
         self._drained = drained
-        late, stillborn = ray.get(self._overseer.look.remote(self._limits.stage_timeout_s, sorted(drained)))
+        late, stillborn, idle_s = ray.get(
+            self._overseer.look.remote(self._limits.stage_timeout_s, sorted(drained))
+        )
         for flight in late:
             logger.error(
-                "%s has worked on rows %d..%d of unit %s for more than %g s: %s is killed",
+                "%s has worked on rows %d..%d of unit %s for more than %g s: process %d of node %s is killed",
                 flight["stage"],
                 flight["rows"][0],
                 flight["rows"][1] - 1,
                 flight["unit"],
                 self._limits.stage_timeout_s,
-                flight["worker"],
+                flight["pid"],
+                flight["node"],
             )
-            ray.kill(flight["handle"], no_restart=False)
+            _kill(flight["node"], flight["pid"])
+        # What was before this wave does not count: planning it may have taken long.
+        idle_s = min(idle_s, time.monotonic() - self._began)
+        if idle_s > STILL_S + 2 * self._limits.stage_timeout_s:
+            # A worker that hangs between two units is in no stage's hands.
+            raise ResumableStop(f"nothing was begun or ended for {idle_s:.0f} s; the same command resumes")
         if stillborn:
             raise FailedError(f"workers of {', '.join(stillborn)} die before they are ready")
+
+
+def _kill(node: str, pid: int) -> None:
+    """Kill a process of a node, even one that is stopped; Ray then starts its actor anew."""
+    there = NodeAffinitySchedulingStrategy(node, soft=False)
+    ray.remote(_kill_here).options(num_cpus=0, scheduling_strategy=there, max_retries=0).remote(pid)
+
+
+def _kill_here(pid: int) -> None:
+    # It may have ended by itself, and its number may be another program's by now.
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        if " ".join(process.cmdline()).startswith("ray::"):
+            process.kill()
 
 
 def check_room(storage: Storage, least: int) -> None:
@@ -142,19 +170,21 @@ def check_room(storage: Storage, least: int) -> None:
 
 
 def _explained(error: BaseException) -> Exception:
-    cause = _cause(error)
-    told = str(cause).strip().splitlines()
-    message = f"{type(cause).__name__}: {told[-1] if told else ''}"
-    if isinstance(error, ray.exceptions.RayTaskError | ray.exceptions.ActorDiedError | FailedError):
-        return FailedError(message)
-    if isinstance(error, ray.exceptions.RayError | TimeoutError):
+    """Return what a pipeline's end means for the job, with the one line that says why."""
+    if isinstance(error, FailedError | ResumableStop):
+        return error
+    chain = list(_chain(error))
+    of_code = (ray.exceptions.RayTaskError, ray.exceptions.ActorDiedError)
+    told = next((e for e in chain if isinstance(e, of_code)), error)
+    # The last line of what a worker says is the error itself; what comes before is its way there.
+    lines = [line for line in str(told).splitlines() if line.strip()]
+    message = lines[-1].strip() if lines else type(told).__name__
+    if isinstance(told, ray.exceptions.RayError | TimeoutError) and not isinstance(told, of_code):
         return ResumableStop(f"Ray could not go on: {message}; the same command resumes")
     return FailedError(message)
 
 
-def _cause(error: BaseException) -> BaseException:
-    while isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, Exception):
-        error = error.cause
-    while error.__cause__ is not None:
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
         error = error.__cause__
-    return error

@@ -20,7 +20,7 @@ class Worker:
 
     def attempt(self, refusals: list[str]) -> set[int] | None:
         """Work on the unit as process number `falls`; None when it fell."""
-        orders = self.book.begin(STAGE, UNIT, self.rows, f"process {self.falls}")
+        orders = self.book.begin(STAGE, UNIT, self.rows, "node", self.falls)
         if orders.refusal:
             refusals.append(orders.refusal)
             return set()
@@ -67,10 +67,10 @@ def test_kills_from_outside_blame_no_row(kills):
     """Up to three kills that have nothing to do with the rows leave all of them as they are."""
     book = AttemptBook()
     for number, position in enumerate(kills):
-        orders = book.begin(STAGE, UNIT, 256, f"process {number}")
+        orders = book.begin(STAGE, UNIT, 256, "node", number)
         parts = orders.parts or ((0, 256),)
         book.narrow(STAGE, UNIT, *parts[position % len(parts)])
-    last = book.begin(STAGE, UNIT, 256, "the last")
+    last = book.begin(STAGE, UNIT, 256, "node", 99)
     assert last.refusal is None
     assert not last.poison
 
@@ -80,7 +80,7 @@ def test_what_is_known_outlives_the_book():
     for _ in range(3):
         assert worker.attempt([]) is None
     # The next book hears of the falls that were written down, not of the one that nobody saw.
-    worker.book.begin(STAGE, UNIT, 256, "a witness")
+    worker.book.begin(STAGE, UNIT, 256, "node", 98)
     known = worker.book.state_of(UNIT)
     worker.book = AttemptBook([known])
     while (done := worker.attempt([])) is None:
@@ -92,17 +92,15 @@ def test_what_is_known_outlives_the_book():
 def test_a_stage_that_always_falls_is_given_up():
     book = AttemptBook()
     for number in range(MOST_FALLS):
-        assert book.begin("ReadUnits", UNIT, 256, f"process {number}", divisible=False) == Orders(
-            falls=number
-        )
-    orders = book.begin("ReadUnits", UNIT, 256, "the last", divisible=False)
+        assert book.begin("ReadUnits", UNIT, 256, "node", number, divisible=False) == Orders(falls=number)
+    orders = book.begin("ReadUnits", UNIT, 256, "node", 99, divisible=False)
     assert orders.refusal == "given_up"
     assert not orders.poison
     # A later run tries again, twice.
     later = AttemptBook([book.state_of(UNIT)])
     for number in range(2):
-        assert not later.begin("ReadUnits", UNIT, 256, f"later {number}", divisible=False).refusal
-    assert later.begin("ReadUnits", UNIT, 256, "again", divisible=False).refusal == "given_up"
+        assert not later.begin("ReadUnits", UNIT, 256, "node", 100 + number, divisible=False).refusal
+    assert later.begin("ReadUnits", UNIT, 256, "node", 200, divisible=False).refusal == "given_up"
 
 
 def test_rows_that_fall_everywhere_end_as_a_given_up_unit():
@@ -117,35 +115,35 @@ def test_rows_that_fall_everywhere_end_as_a_given_up_unit():
 def test_a_unit_that_ended_did_not_fall():
     book = AttemptBook()
     for number in range(5):
-        book.begin(STAGE, UNIT, 256, f"process {number}")
+        book.begin(STAGE, UNIT, 256, "node", number)
         book.end(STAGE, UNIT)
     assert UNIT not in book.records
     # The same worker beginning again has not fallen either.
-    book.begin(STAGE, UNIT, 256, "one")
-    book.begin(STAGE, UNIT, 256, "one")
+    book.begin(STAGE, UNIT, 256, "node", 1)
+    book.begin(STAGE, UNIT, 256, "node", 1)
     assert UNIT not in book.records
 
 
 def test_a_stop_and_a_drain_hold_up_what_is_not_begun_but_publishing():
     book = AttemptBook()
     book.draining = frozenset({"leaving"})
-    assert book.begin(STAGE, UNIT, 4, "a", "leaving").refusal == "draining"
-    assert not book.begin("WriteUnits", UNIT, 4, "a", "leaving", last_stage=True).refusal
-    assert not book.begin(STAGE, UNIT, 4, "b", "staying").refusal
+    assert book.begin(STAGE, UNIT, 4, "leaving", 1).refusal == "draining"
+    assert not book.begin("WriteUnits", UNIT, 4, "leaving", 1, last_stage=True).refusal
+    assert not book.begin(STAGE, UNIT, 4, "staying", 2).refusal
     book.stopping = True
-    assert book.begin(STAGE, "another", 4, "b", "staying").refusal == "stopping"
-    assert not book.begin("WriteUnits", UNIT, 4, "b", "staying", last_stage=True).refusal
+    assert book.begin(STAGE, "another", 4, "staying", 2).refusal == "stopping"
+    assert not book.begin("WriteUnits", UNIT, 4, "staying", 2, last_stage=True).refusal
 
 
 def test_what_hangs_is_told_once_and_counts_as_a_fall():
     book = AttemptBook()
-    book.begin(STAGE, UNIT, 4, "a", handle="handle of a")
+    book.begin(STAGE, UNIT, 4, "node", 1)
     assert book.overdue(60) == []
     time.sleep(0.05)
     (late,) = book.overdue(0.01)
-    assert (late.stage, late.unit, late.rows, late.handle) == (STAGE, UNIT, (0, 4), "handle of a")
+    assert (late.stage, late.unit, late.rows, late.node, late.pid) == (STAGE, UNIT, (0, 4), "node", 1)
     assert book.overdue(0.01) == []
-    assert book.begin(STAGE, UNIT, 4, "b").parts
+    assert book.begin(STAGE, UNIT, 4, "node", 2).parts
     assert book.records[UNIT].falls == 1
 
 

@@ -26,6 +26,7 @@ from acsr_ray.corpus.ledger import Ledger
 from acsr_ray.corpus.night import Night, NightSettings
 from acsr_ray.corpus.stopping import stop_request
 from acsr_ray.corpus.units import Unit, UnitPlan, read_unit
+from acsr_ray.storage import patiently
 
 FINGERPRINT = "0123456789abcdef" * 4
 
@@ -37,7 +38,7 @@ def main(source: str, output: str) -> None:
 
         def publish(units: list[Unit], parked: frozenset[str]) -> Iterator[pa.Table]:
             for unit in units:
-                table = read_unit(unit)
+                table = patiently(lambda unit=unit: read_unit(unit), f"reading {unit.uri}")
                 bad = [(unit.first + row) % 5 == 0 for row in range(table.num_rows)]
                 images = [
                     None if gone else cell for gone, cell in zip(bad, table["image"].to_pylist(), strict=True)
