@@ -1,157 +1,20 @@
 """Row 9: an S3 store that answers 503, breaks off, is slow or knows no credentials, a fifth of the time."""
 
-import http.client
 import json
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import boto3
 import pyarrow.parquet as pq
 import pytest
-from moto.backends import get_backend
-from moto.server import ThreadedMotoServer
-from s3fs import S3FileSystem
 
 from acsr_ray.corpus.ledger import Ledger
 from acsr_ray.storage import open_storage
 
 DRIVERS = Path(__file__).parent / "drivers"
-ERRORS = {
-    "busy": (503, "SlowDown"),
-    "expired": (400, "ExpiredToken"),
-    "internal": (500, "InternalError"),
-}
-HOP = ("connection", "transfer-encoding", "keep-alive", "content-length", "date", "server")
-
-
-@dataclass
-class Weather:
-    """How often, and how, requests fail on their way to the store."""
-
-    share: float = 0.0
-    seed: int = 0
-    dead: bool = False
-    counts: dict[str, int] = field(default_factory=dict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def draw(self) -> str | None:
-        with self.lock:
-            self.seed += 1
-            generator = random.Random(self.seed)
-            deed = None
-            if self.dead:
-                deed = "busy"
-            elif generator.random() < self.share:
-                deed = generator.choice(["busy", "expired", "internal", "reset", "lost", "slow"])
-            name = deed or "fine"
-            self.counts[name] = self.counts.get(name, 0) + 1
-            return deed
-
-
-def proxy_to(port: int, weather: Weather) -> ThreadingHTTPServer:
-    """Return a proxy in front of the store that fails as the weather has it."""
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def pass_on(self) -> None:
-            length = int(self.headers.get("Content-Length", 0))
-            body = self.rfile.read(length)
-            deed = weather.draw()
-            if deed == "reset":
-                self.close_connection = True
-                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-                self.connection.close()
-                return
-            if deed in ERRORS:
-                status, code = ERRORS[deed]
-                text = f"<Error><Code>{code}</Code><Message>told by the test</Message></Error>".encode()
-                self.answer(status, [("Content-Type", "application/xml")], text)
-                return
-            if deed == "slow":
-                time.sleep(0.5)
-            store = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-            store.request(self.command, self.path, body, dict(self.headers))
-            reply = store.getresponse()
-            data = reply.read()
-            if deed == "lost":
-                # The store has done it; its answer never arrives.
-                self.close_connection = True
-                self.connection.close()
-                return
-            headers = [(k, v) for k, v in reply.getheaders() if k.lower() not in HOP]
-            self.answer(reply.status, headers, data, reply.getheader("Content-Length"))
-
-        def answer(self, status, headers, data, length=None) -> None:
-            self.send_response(status)
-            for name, value in headers:
-                self.send_header(name, value)
-            head = self.command == "HEAD"
-            self.send_header("Content-Length", (length or "0") if head else str(len(data)))
-            self.end_headers()
-            if not head:
-                self.wfile.write(data)
-
-        def log_message(self, *args) -> None:
-            return
-
-        do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = pass_on
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    return server
-
-
-@dataclass
-class Store:
-    """An S3 store behind a proxy."""
-
-    client: object
-    weather: Weather
-    environment: dict[str, str]
-
-    def upload(self, folder: Path, prefix: str) -> str:
-        for path in sorted(folder.iterdir()):
-            self.client.put_object(Bucket="corpus", Key=f"{prefix}/{path.name}", Body=path.read_bytes())
-        return f"s3://corpus/{prefix}"
-
-
-@pytest.fixture
-def store(monkeypatch) -> Iterator[Store]:
-    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    moto.start()
-    # All servers of a process share one state.
-    get_backend("s3").reset()
-    _, port = moto.get_host_and_port()
-    weather = Weather()
-    proxy = proxy_to(port, weather)
-    environment = {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.server_port}",
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "very-secret",
-        "AWS_DEFAULT_REGION": "eu-central-1",
-    }
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    # An instance remembers its endpoint, which was another test's.
-    S3FileSystem.clear_instance_cache()
-    client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", region_name="eu-central-1")
-    place = {"LocationConstraint": "eu-central-1"}
-    client.create_bucket(Bucket="corpus", CreateBucketConfiguration=place)
-    yield Store(client, weather, environment)
-    proxy.shutdown()
-    moto.stop()
 
 
 def publish(source, output, **environment):

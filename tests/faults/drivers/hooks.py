@@ -5,6 +5,7 @@
     stop_at     {"point": name}: SIGSTOP the process that passes it first
     rows        {id: "exit" | "hang" | "memory" | "error"}: what an image with that id does to PurifyImages
     start       {stage class: "error" | "exit"}: what a stage does when it starts
+    begun       file that gets "node time" for every unit that PurifyImages begins
     fallback    [ids]: images that the solver has no finite result for
 
 Image ids are told by the first pixel's red and green, as `corpus.py` writes them.
@@ -58,6 +59,8 @@ def install() -> None:
     for key, patch in stages.items():
         for name, value in told.get(key, {}).items():
             patch(name, value)
+    if "begun" in told:
+        _begun(told["begun"])
     if "rows" in told:
         _rows({int(row): deed for row, deed in told["rows"].items()})
     if "fallback" in told:
@@ -116,6 +119,20 @@ def _slow(name: str, seconds: float) -> None:
         return real(self, table)
 
     stage.__call__ = slowly
+
+
+def _begun(path: str) -> None:
+    import ray
+
+    stage = _stage_class("PurifyImages")
+    real = stage.__call__
+
+    def noted(self: Any, table: Any) -> Any:
+        with open(path, "a") as file:
+            file.write(f"{ray.get_runtime_context().get_node_id()} {time.time()}\n")
+        return real(self, table)
+
+    stage.__call__ = noted
 
 
 def _start(name: str, deed: str) -> None:
