@@ -15,7 +15,17 @@ from typing import BinaryIO
 
 import numpy as np
 
-from acsr_ray.corpus.decoder_protocol import ANSWER, COUNT, LENGTH, PIXELS, READY, REFUSED, refusal
+from acsr_ray.corpus.decoder_protocol import (
+    ANSWER,
+    COUNT,
+    LENGTH,
+    MOST_PIXEL_BYTES,
+    PIXELS,
+    POSTPONED,
+    READY,
+    REFUSED,
+    refusal,
+)
 from acsr_ray.corpus.images import DecodeLimits, decode_image
 from acsr_ray.corpus.refusals import ImageError
 
@@ -35,10 +45,16 @@ def main() -> None:
     answers.flush()
     requests = os.fdopen(0, "rb", buffering=BUFFER)
     while len(header := requests.read(COUNT.size)) == COUNT.size:
+        spent = 0
         for _ in range(*COUNT.unpack(header)):
             (length,) = LENGTH.unpack(requests.read(LENGTH.size))
-            for part in _answer(requests.read(length), limits):
+            data = requests.read(length)
+            if spent > MOST_PIXEL_BYTES:
+                answers.write(ANSWER.pack(POSTPONED, 0, 0, 0))
+                continue
+            for part in _answer(data, limits):
                 answers.write(part)
+                spent += len(part)
         # Not after every image: waking the parent takes longer than a small image.
         answers.flush()
 

@@ -25,7 +25,7 @@ from pydantic import Field
 import acsr_ray
 from acsr_ray.config import AcsrError, Settings
 from acsr_ray.corpus.conversion import Pixels
-from acsr_ray.corpus.decoder_protocol import ANSWER, MOST_DETAIL, PIXELS, READY, REFUSED, request
+from acsr_ray.corpus.decoder_protocol import ANSWER, MOST_DETAIL, PIXELS, POSTPONED, READY, REFUSED, request
 from acsr_ray.corpus.images import DecodeLimits, check_bytes
 from acsr_ray.corpus.refusals import REASONS, ImageError, Reason
 
@@ -129,14 +129,18 @@ class IsolatedDecoder:
             together.append(checked)
         yield from self._decode_together(together)
 
-    def _decode_together(self, images: list[bytes]) -> Iterable[Pixels | ImageError]:
-        if not images:
-            return []
-        if len(images) > 1:
-            with contextlib.suppress(_ChildError):
-                return self._exchange(images)
+    def _decode_together(self, images: list[bytes]) -> Iterator[Pixels | ImageError]:
+        while len(images) > 1:
+            try:
+                outcomes = self._exchange(images)
+            except _ChildError:
+                break
+            yield from outcomes
+            # What the child postponed comes next, so that no more than one answer is held.
+            images = images[len(outcomes) :]
         # Whichever of them the child died of, only that one is refused.
-        return [self._decode_alone(data) for data in images]
+        for data in images:
+            yield self._decode_alone(data)
 
     def _decode_alone(self, data: bytes) -> Pixels | ImageError:
         for _ in range(ATTEMPTS):
@@ -227,13 +231,23 @@ class _Child:
         Args:
             images: encoded.
             seconds: longest time from one answer to the next.
+
+        Returns:
+            The outcomes of the first of them, at least one; the others are postponed.
         """
         self.images += len(images)
         self._unsent = memoryview(request(images))
-        return [self._outcome(time.monotonic() + seconds) for _ in images]
+        outcomes = [self._outcome(time.monotonic() + seconds) for _ in images]
+        first = next((at for at, outcome in enumerate(outcomes) if outcome is None), len(outcomes))
+        done = [outcome for outcome in outcomes[:first] if outcome is not None]
+        if not done:
+            raise _ChildError("decoder_crash", "an answer without a meaning")
+        return done
 
-    def _outcome(self, deadline: float) -> Pixels | ImageError:
+    def _outcome(self, deadline: float) -> Pixels | ImageError | None:
         kind, height, width, length = ANSWER.unpack(self._read(ANSWER.size, deadline))
+        if kind == POSTPONED:
+            return None
         # A child that a hostile image has taken over must not make its parent allocate what it likes.
         if kind == PIXELS and length == 3 * height * width and self._allowed(height, width):
             return np.frombuffer(self._read(length, deadline), np.uint8).reshape(height, width, 3)

@@ -180,13 +180,21 @@ class Night:
         for work in works:
             self._open[work.relative] = work
             self._seen.add(work.relative)
-            waiting = []
-            for unit, name in zip(work.units, work.names, strict=True):
-                if name in self._finished:
-                    work.receipts[name] = self._known.get(name) or self.ledger.receipt(name)
-                else:
-                    waiting.append((name, unit))
-            yield from waiting
+            for name, unit in self._waiting(work, work.units):
+                # A shard that changed in an earlier wave has other units by now.
+                if self._open.get(work.relative) is work:
+                    yield name, unit
+
+    def _waiting(self, work: ShardWork, units: list[Unit]) -> list[tuple[str, Unit]]:
+        """Return those of a shard's units that are not finished, and take the receipts of the others."""
+        waiting = []
+        for unit in units:
+            name = unit.output_name(self.settings.fingerprint)
+            if name in self._finished:
+                work.receipts[name] = self._known.get(name) or self.ledger.receipt(name)
+            else:
+                waiting.append((name, unit))
+        return waiting
 
     def _wave(self, wave: dict[str, Unit]) -> None:
         logger.info("%d units of %d images", len(wave), sum(unit.num_rows for unit in wave.values()))
@@ -257,6 +265,8 @@ class Night:
             return
         if kind == "changed":
             self._changed(wave, unit, detail)
+        elif kind == "too_large":
+            self._halve(wave, unit)
         elif kind == "vanished":
             self._drop(wave, unit.relative)
             self._refuse(unit.uri, unit.relative, "vanished: it is no longer there")
@@ -290,6 +300,14 @@ class Night:
             self._refuse(work.uri, work.relative, work.reason)
         else:
             wave.update(self._pending([work]))
+
+    def _halve(self, wave: dict[str, Unit], unit: Unit) -> None:
+        """Put a unit's halves in its place; a later run that meets the whole unit again does the same."""
+        del wave[unit.output_name(self.settings.fingerprint)]
+        work = self._open[unit.relative]
+        at = work.units.index(unit)
+        work.units[at : at + 1] = unit.halves()
+        wave.update(self._waiting(work, work.units[at : at + 2]))
 
     def _drop(self, wave: dict[str, Unit], relative: str) -> None:
         for name in [name for name, unit in wave.items() if unit.relative == relative]:

@@ -9,7 +9,7 @@ import json
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Self
 
 import fsspec
@@ -65,6 +65,12 @@ class Unit:
         """
         key = json_digest([fingerprint, self.relative, self.first, self.last, self.content])[:8]
         return f"{self.relative}.rows-{self.first:07d}-{self.last:07d}.{key}.parquet"
+
+    def halves(self) -> tuple["Unit", "Unit"]:
+        """Return the unit's two halves; it has two rows at least."""
+        rows = self.num_rows // 2
+        second = replace(self, first=self.first + rows, files=self.files[rows:])
+        return _shortened(self, rows), second
 
     def to_json(self) -> str:
         """Serialise, to travel through the pipeline as one cell."""
@@ -154,8 +160,7 @@ def limited(units: Iterable[Unit], limit: int | None) -> Iterator[Unit]:
 
 
 def _shortened(unit: Unit, rows: int) -> Unit:
-    fields = {**asdict(unit), "last": unit.first + rows - 1, "files": unit.files[:rows]}
-    return Unit(**fields)
+    return replace(unit, last=unit.first + rows - 1, files=unit.files[:rows])
 
 
 def shard_units(shard: Shard, plan: UnitPlan, content: str = "") -> Iterator[Unit]:

@@ -23,6 +23,7 @@ from acsr_ray.purification.failures import (
     failed_unit,
     refuse_rows,
 )
+from acsr_ray.purification.stages import UnitTooLargeError
 from acsr_ray.storage import StorageError
 
 
@@ -121,6 +122,8 @@ def _kind(error: AcsrError) -> FailureKind:
         return "changed"
     if isinstance(error, ContainerError):
         return "unreadable"
+    if isinstance(error, UnitTooLargeError):
+        return "too_large"
     if isinstance(error, StageError):
         return "stage"
     raise error

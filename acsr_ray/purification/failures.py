@@ -28,7 +28,9 @@ from acsr_ray.config import FailedError
 
 logger = logging.getLogger(__name__)
 
-FailureKind = Literal["deferred", "changed", "vanished", "unreadable", "stage", "storage", "given_up"]
+FailureKind = Literal[
+    "deferred", "changed", "vanished", "unreadable", "too_large", "stage", "storage", "given_up"
+]
 
 PROBE_SIDE = 32
 

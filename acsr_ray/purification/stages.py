@@ -49,6 +49,7 @@ from acsr_ray.corpus.images import (
 from acsr_ray.corpus.isolated import DEFAULT_DECODER, DecoderSettings, IsolatedDecoder
 from acsr_ray.corpus.labelled import image_bytes
 from acsr_ray.corpus.ledger import Ledger
+from acsr_ray.corpus.sources import CorpusError
 from acsr_ray.corpus.units import Unit, read_unit
 from acsr_ray.purification.options import PurifyOptions
 from acsr_ray.purification.purifier import Purifier
@@ -58,6 +59,15 @@ OnFailure = Literal["low_band", "pass_through"]
 
 BATCH_PIXELS = 2**24
 """Most pixels per call, whatever the batch size: a memory limit for large images."""
+
+
+UNIT_BYTES = 2**29
+"""Most bytes of a unit's pixels. Units are sized by their files, and an image of one colour may be small as a
+file and very large as pixels."""
+
+
+class UnitTooLargeError(CorpusError):
+    """A unit whose pixels are too many to be held at once."""
 
 
 class ReadUnits:
@@ -90,8 +100,17 @@ class DecodeImages:
         self.decoder = IsolatedDecoder(limits, decoder)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Decode every row; a row that cannot be decoded gets a reason instead of pixels."""
-        rows = [_decoded(image) for image in self.decoder.decode_all(image_bytes(table[self.image_column]))]
+        """Decode every row; a row that cannot be decoded gets a reason instead of pixels.
+
+        Raises:
+            UnitTooLargeError: the unit's pixels are more than a worker should hold; its halves may not be.
+        """
+        rows, size = [], 0
+        for image in self.decoder.decode_all(image_bytes(table[self.image_column])):
+            rows.append(_decoded(image))
+            size += 0 if isinstance(image, ImageError) else image.nbytes
+            if size > UNIT_BYTES and table.num_rows > 1:
+                raise UnitTooLargeError(f"{table.num_rows} rows are more than {UNIT_BYTES // 2**20} MiB")
         for name, kind, values in zip(
             (PIXELS, HEIGHT, WIDTH, STATUS, REASON),
             (pa.large_binary(), pa.int32(), pa.int32(), pa.string(), pa.string()),

@@ -350,3 +350,19 @@ def test_nothing_is_left_of_replaced_children(decoder, cycles):
         os.kill(decoder.pid, signal.SIGKILL if number % 2 else signal.SIGABRT)
         assert np.array_equal(decoder.decode(GOOD[1]), SMALL[1])
     assert (this.num_fds(), len(this.children())) == before
+
+
+def test_very_large_pictures_in_small_files_are_held_one_answer_at_a_time(encoded):
+    """A request of small files may decode to gigabytes: the child postpones what is too much."""
+    import numpy as np
+
+    solid = [encoded(np.full((3000, 3000, 3), level, np.uint8)) for level in range(10)]
+    assert sum(map(len, solid)) < 2**20
+    with IsolatedDecoder(DecodeLimits()) as decoder:
+        outcomes = decoder.decode_all(iter(solid))
+        first = next(outcomes)
+        asked = decoder._child.images
+        levels = [int(first[0, 0, 0]), *(int(image[-1, -1, 0]) for image in outcomes)]
+        assert levels == list(range(10))
+        # 27 MB each: what was not answered at first was asked for again.
+        assert decoder._child.images > asked

@@ -79,6 +79,7 @@ def test_a_killed_holder_of_the_same_machine_is_followed_at_once(tmp_path):
     process.wait()
 
 
+@pytest.mark.slow
 def test_a_stopped_holder_is_followed_within_thirty_seconds(tmp_path):
     import signal
 

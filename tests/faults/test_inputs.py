@@ -68,6 +68,7 @@ def test_nothing_readable_at_all_is_an_error(tmp_path, purify):
         purify(folder, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_damaged_page_costs_its_unit_alone(source, purify, tmp_path, ray_local, make_table):
     """Row 20: the footer is fine, the images' pages are not."""
     path = source / "part-02.parquet"
@@ -84,6 +85,7 @@ def test_a_damaged_page_costs_its_unit_alone(source, purify, tmp_path, ray_local
     assert "unreadable" in told or "ReadUnits" in told
 
 
+@pytest.mark.slow
 def test_shards_that_change_or_vanish_while_the_job_runs(start_purify, source, tmp_path, make_table):
     """Row 20: what changed is planned anew, what vanished is left out, nothing is mixed."""
     output = tmp_path / "out"
@@ -124,6 +126,7 @@ def test_one_night_after_another(source, purify, tmp_path, ray_local, make_table
     assert Ledger(str(output)).snapshot().names() == Ledger(str(output)).published()
 
 
+@pytest.mark.slow
 def test_another_bundle_is_an_error_with_a_diff_and_anew_replaces_all(
     source, purify, tmp_path, ray_local, make_bundle
 ):
@@ -159,6 +162,7 @@ def test_a_tampered_bundle_ends_the_job_before_anything_is_written(source, purif
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_keys_are_only_data(purify, tmp_path, ray_local, make_table):
     """Row 22: duplicate keys, paths, NULs and 10 KB in the id column change no path and lose no row."""
     odd = ["same", "same", "../../etc/passwd", "nul\0", "a/b", "é\u0301", "x" * 10_000, "", "-rf", "ok"]
@@ -173,6 +177,7 @@ def test_keys_are_only_data(purify, tmp_path, ray_local, make_table):
     assert sorted(name.split(".")[0] for name in names) == ["a", "b"]
 
 
+@pytest.mark.slow
 def test_what_the_solver_fails_on_is_passed_only_when_asked_for(start_purify, make_corpus, tmp_path):
     """Row 23: the low band by default; the image itself, byte for byte, as an explicit choice."""
     source = make_corpus(tmp_path / "in", 1, 8)

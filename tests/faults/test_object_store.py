@@ -54,22 +54,23 @@ def test_objects_are_created_once_and_never_replaced(store):
 
 
 def test_a_night_in_bad_weather_loses_and_doubles_nothing(store, make_corpus, tmp_path):
-    source = store.upload(make_corpus(tmp_path / "in", 4, 25), "in")
+    source = store.upload(make_corpus(tmp_path / "in", 2, 25), "in")
     quiet = publish(source, "s3://corpus/quiet")
     assert quiet.wait(60) == 0, quiet.stderr.read()
     expected = rows_of("s3://corpus/quiet")
-    assert len(expected) == 100
+    assert len(expected) == 50
     store.weather.share = 0.2
     stormy = publish(source, "s3://corpus/stormy")
     _, err = stormy.communicate(timeout=200)
     assert stormy.returncode == 0, err
     store.weather.share = 0
-    assert store.weather.counts["fine"] > 40
-    assert sum(count for name, count in store.weather.counts.items() if name != "fine") > 10
+    assert store.weather.counts["fine"] > 20
+    assert sum(count for name, count in store.weather.counts.items() if name != "fine") > 4
     assert rows_of("s3://corpus/stormy") == expected
     assert "very-secret" not in err
 
 
+@pytest.mark.slow
 def test_a_store_that_is_gone_stops_the_job_and_a_later_one_ends_it(store, make_corpus, tmp_path):
     source = store.upload(make_corpus(tmp_path / "in", 4, 25), "in")
     job = publish(source, "s3://corpus/out", ACSR_STORAGE_DEADLINE_S="3")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from acsr_ray.corpus.snapshot import Receipt, ShardEntry, Snapshot
 from acsr_ray.corpus.stopping import StopRequest
 from acsr_ray.corpus.units import UnitPlan
 
+MOST_LINKS = 30_000
 FINGERPRINT = "0123456789abcdef" * 4
 
 MEASURE = """
@@ -31,22 +33,33 @@ print(json.dumps({"seconds": time.monotonic() - began, "peak": peak, "told": sum
 """
 
 
+def link_all(file, names):
+    """Make a file appear under many names, each copy under as many as a file system allows."""
+    for first in range(0, len(names), MOST_LINKS):
+        copy = file.with_suffix(f".{first}")
+        shutil.copy2(file, copy)
+        for name in names[first : first + MOST_LINKS]:
+            os.link(copy, name)
+        copy.unlink()
+
+
 def build(source, output, shard, shards, rows):
     """Make an input of hard links to one shard, and the output of a night that has done them all."""
     source.mkdir()
-    for number in range(shards):
-        os.link(shard, source / f"part-{number:06d}.parquet")
+    link_all(shard, [source / f"part-{number:06d}.parquet" for number in range(shards)])
     ledger = Ledger(str(output))
     entries = {}
     data = output / "data"
     data.mkdir(parents=True)
-    (output / "one").write_bytes(b"x")
+    names = []
     for found in list_corpus(str(source)):
         name = f"{found.relative}.rows-0000000-{rows - 1:07d}.01234567.parquet"
-        os.link(output / "one", data / name)
+        names.append(data / name)
         receipt = Receipt(name, rows, {"purified": rows}, {}, 0, "f" * 64)
         entry = ShardEntry(found.uri, found.version, "c" * 64, (receipt,), shortened(FINGERPRINT))
         entries[found.relative] = entry
+    (output / "one").write_bytes(b"x")
+    link_all(output / "one", names)
     (output / "one").unlink()
     ledger.commit(Snapshot(1, entries))
 
@@ -78,10 +91,11 @@ def shard(tmp_path, make_table):
 
 def test_a_night_without_news_reads_no_shard(tmp_path, shard):
     build(tmp_path / "in", tmp_path / "out", shard, 200, 2)
-    # All 200 are one file: what is broken there is broken everywhere, and is not noticed, as nothing is read.
-    size, stat = shard.stat().st_size, shard.stat()
-    shard.write_bytes(bytes(size))
-    os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    # Damage of the same size and time is not noticed, as nothing is read.
+    for path in (tmp_path / "in").iterdir():
+        stat = path.stat()
+        path.write_bytes(bytes(stat.st_size))
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert "nothing to do" in look(tmp_path / "in", tmp_path / "out")["this run"]
 
 

@@ -367,3 +367,16 @@ def test_a_solver_that_fails_is_recorded(tiny_bundle, damaged, write_parquet, tm
     (name,) = ledger.published()
     assert "solver_fallback" not in ledger.receipt(name).reasons
     assert pq.read_table(Path(ledger.output) / "data" / name)["image"].null_count == 6
+
+
+def test_a_unit_with_too_many_pixels_is_refused_as_a_whole(monkeypatch, hf_table, encoded, smooth_pixels):
+    from acsr_ray.purification import stages
+
+    table = hf_table([encoded(pixels) for pixels in smooth_pixels(6, 16, 16, 0)])
+    monkeypatch.setattr(stages, "UNIT_BYTES", 4 * 16 * 16 * 3)
+    decode = stages.DecodeImages("image", DecodeLimits())
+    with pytest.raises(stages.UnitTooLargeError, match="6 rows"):
+        decode(table)
+    assert decode(table.slice(0, 4))["acsr_status"].to_pylist() == ["purified"] * 4
+    monkeypatch.setattr(stages, "UNIT_BYTES", 1)
+    assert decode(table.slice(0, 1))["acsr_status"].to_pylist() == ["purified"]

@@ -33,7 +33,7 @@ FINGERPRINT = "0123456789abcdef" * 4
 
 def main(source: str, output: str) -> None:
     ledger = Ledger(output)
-    with stop_request() as stop, Lease(ledger.storage) as lease:
+    with stop_request() as stop, Lease(ledger.storage, stale_s=3.0, beat_s=0.5) as lease:
         ledger.claim({"bound": 1})
 
         def publish(units: list[Unit], parked: frozenset[str]) -> Iterator[pa.Table]:

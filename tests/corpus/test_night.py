@@ -1,0 +1,236 @@
+"""A run over a corpus: whatever units meet, each row ends up published once, or its shard or unit is told."""
+
+import io
+import json
+import random
+from dataclasses import asdict
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from acsr_ray.columns import PURIFIED, REASON, STATUS
+from acsr_ray.config import FailedError, ResumableStop
+from acsr_ray.corpus.changes import list_corpus
+from acsr_ray.corpus.lease import Lease
+from acsr_ray.corpus.ledger import Ledger
+from acsr_ray.corpus.night import Night, NightSettings
+from acsr_ray.corpus.sources import CorpusError
+from acsr_ray.corpus.stopping import StopRequest
+from acsr_ray.corpus.units import Unit, UnitPlan, read_unit
+from acsr_ray.purification.failures import failed_unit
+from acsr_ray.storage import StorageError
+
+FINGERPRINT = "ab" * 32
+IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def write_shard(path, numbers):
+    cells = [{"bytes": b"image %d" % number, "path": None} for number in numbers]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"key": list(numbers), "image": pa.array(cells, IMAGE_TYPE)}), path)
+
+
+def keys(output):
+    """Return the keys of all visible rows."""
+    ledger = Ledger(str(output))
+    found = []
+    for name in sorted(ledger.published()):
+        found += pq.read_table(io.BytesIO(ledger.storage.read(f"data/{name}")))["key"].to_pylist()
+    return found
+
+
+class Purifier:
+    """Stands for the pipeline: publishes units, or fails on them as it is told."""
+
+    def __init__(self, output, fails=lambda unit: None):
+        self.ledger = Ledger(str(output))
+        self.fails = fails
+        self.units: list[Unit] = []
+
+    def __call__(self, units, parked):
+        for unit in units:
+            self.units.append(unit)
+            kind = self.fails(unit)
+            if kind == "lost":
+                continue
+            if kind is not None:
+                yield failed_unit(unit.to_json(), kind, "as told")
+                continue
+            table = read_unit(unit)
+            table = table.append_column(STATUS, pa.array([PURIFIED] * table.num_rows))
+            table = table.append_column(REASON, pa.nulls(table.num_rows, pa.string()))
+            name = unit.output_name(FINGERPRINT)
+            receipt = self.ledger.publish(name, table, None, parked=unit.relative in parked, first=unit.first)
+            yield pa.table({"name": [name], "rows": [receipt.rows], "receipt": [json.dumps(asdict(receipt))]})
+
+
+def spend(source, output, fails=lambda unit: None, *, stop=None, rows=4, **changes):
+    """Spend a night; return it and the purifier."""
+    purifier = Purifier(output, fails)
+    ledger = Ledger(str(output))
+    asked = NightSettings(UnitPlan(unit_rows=rows), FINGERPRINT, **changes)
+    with Lease(ledger.storage) as lease:
+        night = Night(asked, ledger, lease, stop or StopRequest(), purifier)
+        night.run(list_corpus(str(source)))
+    return night, purifier
+
+
+@pytest.fixture(scope="module", autouse=True)
+def impatient():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("acsr_ray.corpus.night.IDLE_PAUSE_S", 0.0)
+        yield
+
+
+@pytest.fixture
+def source(tmp_path):
+    for shard in range(3):
+        write_shard(tmp_path / "in" / f"part-{shard}.parquet", range(10 * shard, 10 * shard + 10))
+    return tmp_path / "in"
+
+
+@given(seed=st.integers(0, 10**6), wave=st.integers(1, 12), rows=st.integers(1, 12))
+@settings(max_examples=40, deadline=None)
+def test_whatever_passes_ends_with_every_row_once(tmp_path_factory, seed, wave, rows):
+    """Failures that pass: deferred, lost by Ray, too large, and stages that fail at most twice on a unit."""
+    folder, generator = tmp_path_factory.mktemp("night"), random.Random(seed)
+    for shard in range(3):
+        write_shard(folder / "in" / f"part-{shard}.parquet", range(10 * shard, 10 * shard + 10))
+    failures: dict[Unit, int] = {}
+
+    def fails(unit):
+        if unit.num_rows > 3:
+            return "too_large"
+        if failures.setdefault(unit, 0) < 2 and generator.random() < 0.4:
+            failures[unit] += 1
+            return generator.choice(["deferred", "stage", "lost"])
+        return None
+
+    night, _ = spend(folder / "in", folder / "out", fails, rows=rows, wave_units=wave)
+    assert not night.failed
+    assert keys(folder / "out") == list(range(30))
+    assert night.summary(1.0)["images"] == 30
+    again, purifier = spend(folder / "in", folder / "out", rows=rows, wave_units=wave)
+    assert "nothing to do" in again.summary(1.0)["this run"]
+    assert purifier.units == []
+
+
+def test_a_stage_that_fails_for_good_costs_its_unit_alone(source, tmp_path):
+    night, purifier = spend(
+        source,
+        tmp_path / "out",
+        lambda unit: "stage" if (unit.relative, unit.first) == ("part-1", 4) else None,
+    )
+    ((name, told),) = night.failed.items()
+    assert name.startswith("part-1.rows-0000004-0000007")
+    assert told == "as told"
+    assert len([unit for unit in purifier.units if unit.first == 4 and unit.relative == "part-1"]) == 3
+    assert keys(tmp_path / "out") == [key for key in range(30) if not 14 <= key < 18]
+    # The next run, without the fault, does just that.
+    _, purifier = spend(source, tmp_path / "out")
+    assert [(unit.relative, unit.first) for unit in purifier.units] == [("part-1", 4)]
+    assert keys(tmp_path / "out") == list(range(30))
+
+
+def test_storage_that_fails_stops_and_keeps_what_is_done(source, tmp_path):
+    seen = []
+
+    def fails(unit):
+        seen.append(unit)
+        return "storage" if len(seen) == 6 else None
+
+    with pytest.raises(StorageError, match="as told"):
+        spend(source, tmp_path / "out", fails, wave_units=6)
+    ledger = Ledger(str(tmp_path / "out"))
+    assert len(ledger.snapshot().names()) == 5
+    spend(source, tmp_path / "out")
+    assert keys(tmp_path / "out") == list(range(30))
+
+
+def test_a_stop_commits_what_is_done(source, tmp_path):
+    stop = StopRequest()
+
+    def fails(unit):
+        if unit.relative == "part-1":
+            stop._on_signal(15, None)
+        return "deferred" if stop.is_made else None
+
+    with pytest.raises(ResumableStop, match="stopped on request"):
+        spend(source, tmp_path / "out", fails, stop=stop)
+    assert keys(tmp_path / "out") == list(range(10))
+    assert Ledger(str(tmp_path / "out")).snapshot().shards.keys() == {"part-0"}
+
+
+def test_a_shard_that_changes_is_planned_anew_and_never_mixed(source, tmp_path):
+    path = source / "part-1.parquet"
+    changed = []
+
+    def fails(unit):
+        if unit.relative == "part-1" and unit.first == 4 and not changed:
+            changed.append(1)
+            write_shard(path, range(100, 107))
+            return "changed"
+        return None
+
+    spend(source, tmp_path / "out", fails, wave_units=5)
+    assert sorted(keys(tmp_path / "out")) == [*range(10), *range(20, 30), *range(100, 107)]
+    assert Ledger(str(tmp_path / "out")).published() == Ledger(str(tmp_path / "out")).snapshot().names()
+
+
+def test_a_shard_that_always_changes_is_left_out(source, tmp_path):
+    night, _ = spend(source, tmp_path / "out", lambda unit: "changed" if unit.relative == "part-1" else None)
+    ((uri, told),) = night.refused.items()
+    assert uri.endswith("part-1.parquet")
+    assert told.startswith("changing")
+    assert keys(tmp_path / "out") == [*range(10), *range(20, 30)]
+
+
+def test_a_shard_that_cannot_be_read_any_more_keeps_its_last_output(source, tmp_path):
+    spend(source, tmp_path / "out")
+    (source / "part-1.parquet").write_bytes(b"garbage")
+    night, _ = spend(source, tmp_path / "out")
+    assert [told.split(":")[0] for told in night.refused.values()] == ["not_parquet"]
+    assert keys(tmp_path / "out") == list(range(30))
+
+
+def test_what_leaves_the_input_leaves_the_output(source, tmp_path):
+    spend(source, tmp_path / "out")
+    (source / "part-0.parquet").unlink()
+    night, _ = spend(source, tmp_path / "out")
+    assert night.summary(1.0)["removed shards"] == 1
+    assert keys(tmp_path / "out") == list(range(10, 30))
+
+
+def test_an_output_file_that_is_gone_is_made_again(source, tmp_path):
+    spend(source, tmp_path / "out")
+    next((tmp_path / "out" / "data").glob("part-2*")).unlink()
+    _, purifier = spend(source, tmp_path / "out")
+    assert [unit.relative for unit in purifier.units] == ["part-2"]
+    assert keys(tmp_path / "out") == list(range(30))
+
+
+def test_a_limit_is_the_first_rows(source, tmp_path):
+    spend(source, tmp_path / "out", limit=13)
+    assert keys(tmp_path / "out") == list(range(13))
+    _, purifier = spend(source, tmp_path / "out", limit=13)
+    assert not purifier.units
+
+
+def test_an_input_without_rows_is_an_error(tmp_path):
+    write_shard(tmp_path / "in" / "a.parquet", range(0))
+    with pytest.raises(CorpusError, match="no rows"):
+        spend(tmp_path / "in", tmp_path / "out")
+
+
+def test_code_that_fails_commits_what_was_done_before(source, tmp_path):
+    def fails(unit):
+        if unit.relative == "part-2":
+            raise FailedError("a stage cannot start")
+        return
+
+    with pytest.raises(FailedError, match="cannot start"):
+        spend(source, tmp_path / "out", fails)
+    assert Ledger(str(tmp_path / "out")).snapshot().shards.keys() == {"part-0", "part-1"}
