@@ -163,6 +163,11 @@ class AttemptBook:
             flight.killed = True
         return late
 
+    def forget(self) -> None:
+        """Forget what is in flight, without blame."""
+        self._flights.clear()
+        self._starts.clear()
+
     def starting(self, stage: str) -> bool:
         """Note that a worker of a stage starts; False when too many in a row never got ready."""
         self._starts[stage] = self._starts.get(stage, 0) + 1

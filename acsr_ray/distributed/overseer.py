@@ -59,6 +59,10 @@ class Overseer:
         """Let no stage begin another unit; what is begun is finished and published."""
         self._book.stopping = True
 
+    def forget(self) -> None:
+        """Forget what is in flight: the pipeline that carried it is given up, and nothing fell."""
+        self._book.forget()
+
     def look(
         self, timeout_s: float, draining: Sequence[str]
     ) -> tuple[list[dict[str, Any]], list[str], float]:

@@ -18,14 +18,17 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from acsr_ray.config import FailedError, ResumableStop
 from acsr_ray.corpus.stopping import StopRequest
-from acsr_ray.distributed.runtime import draining_nodes
+from acsr_ray.distributed.runtime import draining_nodes, node_resources
 from acsr_ray.storage import Storage, StorageError
 
 logger = logging.getLogger(__name__)
 
+NOTHING: pa.Table = pa.table({})
 TICK_S = 0.5
 LOOK_S = 1.0
 SPACE_S = 10.0
+STRANDED_S = 30.0
+"""So long may nothing happen after a node was lost, before what is left is shared out anew."""
 STILL_S = 60.0
 """So long, and twice the stage timeout, may nothing happen at all, the wait for machines included."""
 
@@ -62,18 +65,34 @@ def run_wave(
     threading.Thread(target=_pull, args=(pipeline, results), daemon=True, name="wave").start()
     keeper = _Keeper(overseer, storage, stop, limits)
     while not stop.is_overdue:
-        try:
+        item: pa.Table | BaseException | None = NOTHING
+        with contextlib.suppress(queue.Empty):
             item = results.get(timeout=TICK_S)
-        except queue.Empty:
-            keeper.tick()
-            continue
         if item is None:
             return
         if isinstance(item, BaseException):
             raise _explained(item) from item
-        yield item
-        keeper.tick()
+        if item is not NOTHING:
+            yield item
+        try:
+            keeper.tick()
+        except ray.exceptions.RayError as error:
+            raise _explained(error) from error
+        if keeper.is_stranded:
+            # Actors of the lost node wait for room that the others do not have.
+            logger.warning("a node was lost and nothing moves: the rest begins again on those that are left")
+            _abandon(pipeline)
+            ray.get(overseer.forget.remote())
+            return
     logger.warning("units in flight took too long; they are done again next time")
+
+
+def _abandon(pipeline: Dataset) -> None:
+    # Ray Data has no public way to end an execution from outside; its own iterators do it like this.
+    executor = pipeline._current_executor
+    if executor is None:
+        raise ResumableStop("a node was lost before the first unit was done; the same command resumes")
+    executor.shutdown(force=True)
 
 
 def _pull(pipeline: Dataset, results: "queue.Queue[pa.Table | BaseException | None]") -> None:
@@ -99,6 +118,8 @@ class _Keeper:
         self._began = time.monotonic()
         self._told = False
         self._drained: frozenset[str] = frozenset()
+        self._nodes = len(node_resources())
+        self.is_stranded = False
 
     def tick(self) -> None:
         now = time.monotonic()
@@ -134,6 +155,7 @@ class _Keeper:
             _kill(flight["node"], flight["pid"])
         # What was before this wave does not count: planning it may have taken long.
         idle_s = min(idle_s, time.monotonic() - self._began)
+        self.is_stranded = idle_s > STRANDED_S and len(node_resources()) < self._nodes
         if idle_s > STILL_S + 2 * self._limits.stage_timeout_s:
             # A worker that hangs between two units is in no stage's hands.
             raise ResumableStop(f"nothing was begun or ended for {idle_s:.0f} s; the same command resumes")

@@ -50,8 +50,8 @@ def table_of(shard, cells):
 class Faults:
     """Does one thing after another to a job, its workers, its nodes and its store."""
 
-    def __init__(self, generator, nodes, store, job):
-        self.generator, self.nodes, self.store, self.job = generator, nodes, store, job
+    def __init__(self, generator, nodes, store, folder):
+        self.generator, self.nodes, self.store, self.folder = generator, nodes, store, str(folder)
         self.done: Counter[str] = Counter()
 
     def next(self):
@@ -63,7 +63,9 @@ class Faults:
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                if " ".join(process.cmdline()).startswith("ray::MapWorker"):
+                # Other tests may have workers too.
+                own = process.environ().get("ACSR_COUNTER", "").startswith(self.folder)
+                if own and " ".join(process.cmdline()).startswith("ray::MapWorker"):
                     found.append(process)
         return found
 
@@ -154,7 +156,7 @@ def test_a_long_job_with_faults_at_random(
         ray={"actors": 2},
     )
     driver = psutil.Process(job.process.pid)
-    faults, samples = Faults(generator, nodes, store, job), []
+    faults, samples = Faults(generator, nodes, store, tmp_path), []
     began = time.monotonic()
     next_fault = began + 45
     while time.monotonic() - began < 60 * MINUTES and job.process.poll() is None:
