@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 ResultT = TypeVar("ResultT")
 
-CONDITIONAL = ("s3", "s3a", "gs", "gcs", "memory")
+CONDITIONAL = ("s3", "s3a", "memory")
 """Protocols whose file systems can create an object only where there is none."""
 
 DEADLINE_S = 120.0
@@ -76,6 +76,9 @@ class Storage(Protocol):
     def sweep(self) -> None:
         """Remove what interrupted writers left."""
 
+    def check_conditional(self) -> None:
+        """Raise `StorageLocationError` unless `create` can refuse to replace."""
+
     def free_bytes(self) -> int | None:
         """Return the room that is left; None where that has no end."""
 
@@ -90,9 +93,7 @@ def open_storage(location: str) -> Storage:
     if not separator or protocol in ("file", "local"):
         return DiskStorage(Path(rest if separator else location))
     if protocol not in CONDITIONAL:
-        raise StorageLocationError(
-            f"an output cannot be at {location}: use a folder, or one of {', '.join(CONDITIONAL[:4])}"
-        )
+        raise StorageLocationError(f"an output cannot be at {location}: use a folder or s3://")
     return ObjectStorage(location)
 
 
@@ -175,7 +176,10 @@ class DiskStorage:
         path = self._root / name
 
         def attempt() -> bool:
-            staged = self._stage(data)
+            try:
+                staged = self._stage(data)
+            except FileNotFoundError as error:
+                raise StorageError(f"{path} is not written: another run swept its staging file") from error
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 os.link(staged, path)
@@ -242,6 +246,15 @@ class DiskStorage:
         for name in self.names(self.STAGING):
             self.remove(f"{self.STAGING}/{name}")
 
+    def check_conditional(self) -> None:
+        """Link a file, which not every file system can."""
+        name = f"_acsr/probe-{uuid.uuid4().hex}"
+        try:
+            self.create(name, b"1")
+        except OSError as error:
+            raise StorageLocationError(f"{self.root} cannot be written: {error}") from error
+        self.remove(name)
+
     def free_bytes(self) -> int | None:
         """Return the free bytes of the disk."""
         there = next(path for path in (self._root, *self._root.parents) if path.exists())
@@ -307,9 +320,23 @@ class ObjectStorage:
                 self._fs.pipe_file(path, data, mode="create")
             except FileExistsError:
                 return False
+            except OSError as error:
+                if _is_refused(error):
+                    return False
+                raise
             return True
 
         return patiently(attempt, f"writing {self.root}/{name}")
+
+    def check_conditional(self) -> None:
+        """Raise `StorageLocationError` unless the store refuses to create an object that is there."""
+        name = f"_acsr/probe-{uuid.uuid4().hex}"
+        made, again = self.create(name, b"1"), self.create(name, b"2")
+        self.remove(name)
+        if again or not made:
+            raise StorageLocationError(
+                f"{self.root}: the store ignores If-None-Match, so it cannot be written"
+            )
 
     def write(self, name: str, data: bytes) -> None:
         """Put an object."""
@@ -342,7 +369,10 @@ class ObjectStorage:
         top = self._path(folder).rstrip("/")
 
         def attempt() -> dict[str, int]:
-            found = self._fs.find(top, detail=True)
+            try:
+                found = self._fs.find(top, detail=True)
+            except FileNotFoundError as error:
+                raise StorageLocationError(f"{self.root}: there is no such bucket") from error
             return {path[len(top) + 1 :]: info["size"] for path, info in found.items()}
 
         return patiently(attempt, f"listing {self.root}/{folder}")
@@ -356,6 +386,13 @@ class ObjectStorage:
 
     def _path(self, name: str) -> str:
         return f"{self._prefix}/{name}"
+
+
+def _is_refused(error: OSError) -> bool:
+    """Return whether a store refused to replace; not every one says it in the words that AWS has for it."""
+    response = getattr(error.__cause__, "response", None) or {}
+    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return status == 412 or response.get("Error", {}).get("Code") in ("412", "PreconditionFailed")
 
 
 def open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:

@@ -74,7 +74,7 @@ def test_bytes_come_back(tmp_path_factory, data):
     assert storage.read("x") == data
 
 
-@pytest.mark.parametrize("location", ["http://host/out", "hf://datasets/x", "ftp://host/x"])
+@pytest.mark.parametrize("location", ["http://host/out", "hf://datasets/x", "ftp://host/x", "gs://bucket/x"])
 def test_stores_that_cannot_refuse_to_replace_are_refused(location):
     with pytest.raises(StorageLocationError, match="s3"):
         open_storage(location)
@@ -160,3 +160,35 @@ def test_room_is_told_for_disks_only(storage):
     free = storage.free_bytes()
     assert (free is None) == storage.root.startswith("memory")
     assert free is None or free > 0
+
+
+def test_a_storage_that_can_refuse_is_accepted_and_left_clean(storage):
+    storage.check_conditional()
+    assert storage.names("") == {}
+
+
+def test_a_store_that_ignores_the_condition_is_refused(monkeypatch):
+    storage = open_storage(f"memory://{uuid.uuid4().hex}")
+    monkeypatch.setattr(storage, "create", lambda name, data: storage.write(name, data) or True)
+    with pytest.raises(StorageLocationError, match="If-None-Match"):
+        storage.check_conditional()
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "file").write_bytes(b"x")
+    with pytest.raises(StorageLocationError, match="cannot be written"):
+        open_storage(str(tmp_path / "file" / "out")).check_conditional()
+
+
+@pytest.mark.parametrize("code", ["412", "PreconditionFailed"])
+def test_every_store_s_words_for_refusing_are_understood(monkeypatch, code):
+    from botocore.exceptions import ClientError
+
+    storage = open_storage(f"memory://{uuid.uuid4().hex}")
+
+    def refuse(path, data, mode):
+        response = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": 412}}
+        raise OSError(errno.EINVAL, "refused") from ClientError(response, "PutObject")
+
+    monkeypatch.setattr(storage._fs, "pipe_file", refuse)
+    assert not storage.create("x", b"data")

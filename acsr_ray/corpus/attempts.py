@@ -18,7 +18,7 @@ MOST_FALLS = 6
 MOST_POISON = 8
 """Rows of a unit that may be blamed before it is the stage that is to blame."""
 MOST_STARTS = 4
-"""Starts of a stage in a row that never ended; after these the run stops."""
+"""Starts of a stage in a row that never ended, beyond the size of its pool; then the run stops."""
 
 Refusal = Literal["stopping", "draining", "given_up"]
 
@@ -100,6 +100,7 @@ class AttemptBook:
         self.last_event = time.monotonic()
         self._flights: dict[tuple[str, str], Flight] = {}
         self._starts: dict[str, int] = {}
+        self._stillborn: set[str] = set()
 
     def begin(
         self,
@@ -168,10 +169,17 @@ class AttemptBook:
         self._flights.clear()
         self._starts.clear()
 
-    def starting(self, stage: str) -> bool:
-        """Note that a worker of a stage starts; False when too many in a row never got ready."""
+    def starting(self, stage: str, actors: int) -> bool:
+        """Note that a worker of a stage starts; False when too many in a row never got ready.
+
+        Args:
+            stage: name of the stage.
+            actors: size of its pool, which starts all of them at once.
+        """
         self._starts[stage] = self._starts.get(stage, 0) + 1
-        return self._starts[stage] <= MOST_STARTS
+        if self._starts[stage] > actors + MOST_STARTS:
+            self._stillborn.add(stage)
+        return stage not in self._stillborn
 
     def started(self, stage: str) -> None:
         """Note that a worker got ready."""
@@ -180,7 +188,7 @@ class AttemptBook:
 
     def stillborn(self) -> list[str]:
         """Return the stages whose workers do not get ready."""
-        return [stage for stage, count in self._starts.items() if count > MOST_STARTS]
+        return sorted(self._stillborn)
 
     def state_of(self, unit: str) -> dict[str, Any] | None:
         """Return the record of a unit as JSON, None if it never fell."""

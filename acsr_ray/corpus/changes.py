@@ -12,9 +12,9 @@ from itertools import islice
 from acsr_ray.config import FailedError
 from acsr_ray.corpus.containers import ContainerError
 from acsr_ray.corpus.snapshot import Receipt, ShardEntry, Snapshot
-from acsr_ray.corpus.sources import ImageFolder, Shard, find_source
+from acsr_ray.corpus.sources import CorpusError, ImageFolder, Shard, absolute_uri, find_source
 from acsr_ray.corpus.units import Unit, UnitPlan, folder_units, shard_units
-from acsr_ray.storage import patiently
+from acsr_ray.storage import open_filesystem, patiently
 
 HASHING_THREADS = 8
 
@@ -67,6 +67,13 @@ def shortened(fingerprint: str) -> str:
     return fingerprint[:16]
 
 
+def check_there(location: str) -> None:
+    """Raise `CorpusError` where there is nothing at all, in one request."""
+    fs, root = open_filesystem(absolute_uri(location))
+    if not patiently(lambda: fs.exists(root), f"looking for {location}"):
+        raise CorpusError(f"input {absolute_uri(location)} does not exist")
+
+
 def list_corpus(location: str) -> list[Shard] | ImageFolder:
     """List a corpus as `find_source` does, again where the storage does not answer."""
     return patiently(lambda: find_source(location), f"listing {location}")
@@ -100,13 +107,17 @@ def inspect_shards(
     def inspect(shard: Shard) -> ShardWork | Refused:
         return inspect_shard(shard, plan, snapshot, fingerprint)
 
-    with ThreadPoolExecutor(HASHING_THREADS) as pool:
+    pool = ThreadPoolExecutor(HASHING_THREADS)
+    try:
         waiting = iter(shards)
         # No further ahead than the threads: a corpus may have very many shards.
         running = [pool.submit(inspect, shard) for shard in islice(waiting, 2 * HASHING_THREADS)]
         while running:
             yield running.pop(0).result()
             running += [pool.submit(inspect, shard) for shard in islice(waiting, 1)]
+    finally:
+        # Whoever stops does not wait for shards that nobody asks for any more.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def inspect_shard(shard: Shard, plan: UnitPlan, snapshot: Snapshot, fingerprint: str) -> ShardWork | Refused:
@@ -120,6 +131,9 @@ def inspect_shard(shard: Shard, plan: UnitPlan, snapshot: Snapshot, fingerprint:
         return Refused(shard.uri, shard.relative, f"{error.code}: {error}")
     except FileNotFoundError:
         return Refused(shard.uri, shard.relative, "vanished: it was listed, and is no longer there")
+    except OSError as error:
+        # What another try cannot mend, such as no permission or a link to itself.
+        return Refused(shard.uri, shard.relative, f"unreadable: {error}")
     content = units[0].content if units else ""
     return ShardWork(shard.relative, shard.uri, shard.version, content, fingerprint, units)
 

@@ -8,6 +8,7 @@ and of two that try one wins. Clocks of different machines are never compared.
 
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -98,7 +99,7 @@ class Lease:
         self._thread = threading.Thread(target=self._keep, daemon=True, name="lease")
         self._thread.start()
         for name in self._storage.names(FOLDER):
-            if int(name.split(".")[0]) < self.number:
+            if 0 < _number(name) < self.number:
                 self._storage.remove(f"{FOLDER}/{name}")
         return self
 
@@ -172,8 +173,13 @@ def holds(storage: Storage, number: int) -> bool:
 
 def current(storage: Storage) -> int:
     """Return the number of the last lease taken, 0 where there was none."""
-    numbers = [int(name.split(".")[0]) for name in storage.names(FOLDER) if name.endswith(".json")]
-    return max(numbers, default=0)
+    return max((_number(name) for name in storage.names(FOLDER) if name.endswith(".json")), default=0)
+
+
+def _number(name: str) -> int:
+    """Return the number of a lease's file, 0 for files of other programs."""
+    match = re.fullmatch(r"(\d{8})\.(json|beat)", name)
+    return int(match[1]) if match else 0
 
 
 def _file(number: int, suffix: str) -> str:

@@ -11,8 +11,9 @@ first wins. Its receipt lies in the file's own footer, so nothing else has to be
 import hashlib
 import io
 import json
+import re
 import time
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -38,6 +39,13 @@ KEPT_SNAPSHOTS = 3
 SHOWN_CHANGES = 12
 
 
+Check = Callable[[], None]
+
+
+def _always() -> None:
+    """Hold the output: for who writes it without a lease."""
+
+
 class LateAttemptError(CorpusError):
     """An attempt of a run that no longer holds the output; what it made stays invisible."""
 
@@ -56,12 +64,19 @@ class Ledger:
         self.storage = open_storage(output)
         self.output = self.storage.root
 
-    def check(self, settings: Mapping[str, Any], bundle: Mapping[str, Any] | None = None) -> None:
+    def check(
+        self,
+        settings: Mapping[str, Any],
+        bundle: Mapping[str, Any] | None = None,
+        *,
+        anew: bool = False,
+    ) -> None:
         """Refuse an output that was begun with other settings, or is not ours; writes nothing.
 
         Args:
             settings: what decides the output.
             bundle: manifest of the bundle, to tell what differs in it.
+            anew: whether other settings will do; what is not ours never will.
 
         Raises:
             CorpusError: naming what differs.
@@ -69,7 +84,7 @@ class Ledger:
         before = self._read_json(RUN)
         if before is not None:
             changed = _differences(before, settings)
-            if not changed:
+            if anew or not changed:
                 return
             if "bundle_digest" in changed and bundle is not None:
                 inside = _differences(self._read_json(BUNDLE) or {}, bundle)
@@ -171,13 +186,14 @@ class Ledger:
         name = _snapshot_file(numbers[-1])
         return Snapshot.from_json(self.storage.read(name), f"{self.output}/{name}")
 
-    def commit(self, snapshot: Snapshot) -> None:
+    def commit(self, snapshot: Snapshot, still_ours: Check = _always) -> None:
         """Make a snapshot the current one, then show what it lists and remove what it replaces.
 
         A crash in between leaves the snapshot as it is; the next commit, of this or another run, ends it.
 
         Args:
             snapshot: numbered one above the current one.
+            still_ours: raises if another run holds the output by now; asked before anything is removed.
 
         Raises:
             CorpusError: another run has committed meanwhile.
@@ -185,19 +201,22 @@ class Ledger:
         data, file = snapshot.to_json(), _snapshot_file(snapshot.number)
         if not self.storage.create(file, data) and self.storage.read(file) != data:
             raise CorpusError(f"another run committed snapshot {snapshot.number} of {self.output}")
-        self.settle(snapshot)
+        self.settle(snapshot, still_ours)
         for number in self._snapshots()[:-KEPT_SNAPSHOTS]:
             self.storage.remove(_snapshot_file(number))
 
-    def settle(self, snapshot: Snapshot) -> None:
+    def settle(self, snapshot: Snapshot, still_ours: Check = _always) -> None:
         """Make `data/` agree with a committed snapshot, for the shards that are complete in it."""
         listed = snapshot.names()
         complete = {relative for relative, entry in snapshot.shards.items() if entry.complete}
-        for name in sorted(self.published() - listed):
+        replaced = [name for name in sorted(self.published() - listed) if shard_of(name) in complete]
+        waiting = sorted(_parquet(self.storage.names(READY)) & listed)
+        still_ours()
+        for name in replaced:
+            self.discard(name)
+        for name in waiting:
             if shard_of(name) in complete:
-                self.discard(name)
-        for name in sorted(_parquet(self.storage.names(READY)) & listed):
-            self.storage.move(f"{READY}/{name}", f"{DATA}/{name}")
+                self.storage.move(f"{READY}/{name}", f"{DATA}/{name}")
 
     def discard(self, name: str) -> None:
         """Remove a unit and what was kept of it."""
@@ -205,15 +224,19 @@ class Ledger:
         self.storage.remove(f"{READY}/{name}")
         self.storage.remove(f"{QUARANTINE}/{name}")
 
-    def sweep(self, snapshot: Snapshot, pending: Set[str] = frozenset()) -> list[str]:
+    def sweep(
+        self, snapshot: Snapshot, pending: Set[str] = frozenset(), still_ours: Check = _always
+    ) -> list[str]:
         """Remove whatever is neither listed nor to be finished, and return the names of those units.
 
         Args:
             snapshot: the current one.
             pending: names of units that a later run will finish.
+            still_ours: as for `commit`.
         """
         wanted = snapshot.names() | pending
         orphans = sorted((self.finished() | _parquet(self.storage.names(QUARANTINE))) - wanted)
+        still_ours()
         for name in orphans:
             self.discard(name)
         open_records = {_attempt_file(name) for name in pending}
@@ -235,7 +258,9 @@ class Ledger:
         self._write_json(_attempt_file(unit), record)
 
     def _snapshots(self) -> Sequence[int]:
-        return sorted(int(name.split(".")[0]) for name in self.storage.names(SNAPSHOTS))
+        # Other programs leave files of their own in folders.
+        found = (re.fullmatch(r"(\d{8})\.json", name) for name in self.storage.names(SNAPSHOTS))
+        return sorted(int(match[1]) for match in found if match)
 
     def _read_json(self, name: str) -> dict[str, Any] | None:
         try:

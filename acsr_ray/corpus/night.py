@@ -86,9 +86,9 @@ class Night:
         self.removed = 0
         """Shards that are in the output no more, because they left the input."""
         self._purify_units = purify_units
-        self._before = self._snapshot = ledger.snapshot()
+        self._snapshot = ledger.snapshot()
         # What a crash after the last commit left half done.
-        ledger.settle(self._snapshot)
+        ledger.settle(self._snapshot, lease.check)
         self._published = ledger.published()
         self._finished = ledger.finished()
         self._known = {receipt.name: receipt for receipt in self._snapshot.receipts()}
@@ -96,6 +96,8 @@ class Night:
         self._open: dict[str, ShardWork] = {}
         self._stale: Counter[str] = Counter(shard_of(name) for name in self._published)
         self._seen: set[str] = set()
+        self._hidden: set[str] = set()
+        """Shards whose new units are parked, until all of them are there."""
         self._tries: Counter[str] = Counter()
         self._rows_done = self._units_done = 0
 
@@ -171,7 +173,11 @@ class Night:
             if left == 0:
                 return
             if left is not None:
+                whole = len(work.units), sum(unit.num_rows for unit in work.units)
                 work.units = list(limited(work.units, left))
+                if whole != (len(work.units), sum(unit.num_rows for unit in work.units)):
+                    # A shard that was cut is not one that a later run may take as done.
+                    work.version = ""
                 left -= sum(unit.num_rows for unit in work.units)
             yield work
 
@@ -223,13 +229,14 @@ class Night:
         parked = frozenset(self._parked(wave))
         planned, rows, began = sum(unit.num_rows for unit in wave.values()), 0, time.monotonic()
         told = began
-        trouble: str | None = None
+        self._hidden |= parked
         for table in self._purify_units(list(wave.values()), parked):
             for row in table.to_pylist():
                 if FAILED not in row:
                     rows += self._done(wave, Receipt(**json.loads(row["receipt"])), parked)
                 elif row[FAILED] == "storage":
-                    trouble = row[DETAIL]
+                    # Every other unit would wait for the storage as long as this one has.
+                    raise StorageError(f"{row[DETAIL]}; the same command goes on from here")
                 else:
                     self._not_done(wave, Unit.from_json(row[UNIT]), row[FAILED], row[DETAIL])
             now = time.monotonic()
@@ -237,8 +244,6 @@ class Night:
                 told, rate = now, rows / (now - began)
                 left = (planned - rows) / rate
                 logger.info("%d of %d images, %.1f/s, %.0f s left", rows, planned, rate, left)
-        if trouble is not None:
-            raise StorageError(f"{trouble}; the same command goes on from here")
 
     def _parked(self, wave: Mapping[str, Unit]) -> Iterator[str]:
         """Yield the shards that have published files which their new units replace."""
@@ -248,20 +253,22 @@ class Night:
                 yield relative
 
     def _done(self, wave: dict[str, Unit], receipt: Receipt, parked: frozenset[str]) -> int:
+        relative = shard_of(receipt.name)
+        if relative not in parked and receipt.name not in self._published:
+            self._published.add(receipt.name)
+            self._stale[relative] += 1
         unit = wave.pop(receipt.name, None)
         if unit is None:
             return 0  # its shard changed meanwhile
-        self._open[unit.relative].receipts[receipt.name] = receipt
-        if unit.relative not in parked:
-            self._published.add(receipt.name)
-            self._stale[unit.relative] += 1
+        self._open[relative].receipts[receipt.name] = receipt
         self._units_done += 1
         self._rows_done += receipt.rows
         return receipt.rows
 
     def _not_done(self, wave: dict[str, Unit], unit: Unit, kind: str, detail: str) -> None:
         name = unit.output_name(self.settings.fingerprint)
-        if name not in wave or kind == "deferred":
+        # An answer of before a change says nothing about what waits under the same name now.
+        if wave.get(name) != unit or kind == "deferred":
             return
         if kind == "changed":
             self._changed(wave, unit, detail)
@@ -327,15 +334,17 @@ class Night:
             if work.is_complete:
                 self._entries[relative] = work.entry()
                 del self._open[relative]
-            elif relative not in self._before.shards and work.receipts:
-                self._entries[relative] = work.entry()
+            elif work.receipts and relative not in self._hidden:
+                before = self._entries.get(relative)
+                if before is None or not before.complete:
+                    self._entries[relative] = work.entry()
         changed = self._entries != self._snapshot.shards or self.refused != self._snapshot.refused
         if not changed:
             return
         self.lease.check()
         number = self._snapshot.number + 1
         self._snapshot = Snapshot(number, dict(self._entries), dict(self.refused))
-        self.ledger.commit(self._snapshot)
+        self.ledger.commit(self._snapshot, self.lease.check)
         for entry in self._entries.values():
             self._published.update(receipt.name for receipt in entry.receipts)
 
@@ -355,4 +364,4 @@ class Night:
         self._commit()
         self.lease.check()
         pending = {name for work in self._open.values() for name in work.names}
-        self.ledger.sweep(self._snapshot, pending)
+        self.ledger.sweep(self._snapshot, pending, self.lease.check)

@@ -113,7 +113,13 @@ def find_source(location: str) -> list[Shard] | ImageFolder:
     return _image_folder(fs, safe_name(PurePosixPath(root).name), root_uri, files)
 
 
+def _followed(fs: fsspec.AbstractFileSystem, info: dict[str, Any]) -> dict[str, Any]:
+    """Return what a listed file really is: a listing tells the time of a link, not of the file behind it."""
+    return dict(fs.info(info["name"])) if info.get("islink") else info
+
+
 def _shard(fs: fsspec.AbstractFileSystem, relative: str, info: dict[str, Any]) -> Shard:
+    info = _followed(fs, info)
     tag = str(info.get("ETag") or info.get("etag") or "")
     # A weak tag promises the same meaning, not the same bytes.
     digest = f"etag {tag}" if tag and not tag.startswith("W/") else ""
@@ -140,7 +146,7 @@ def _image_folder(
     fs: fsspec.AbstractFileSystem, name: str, uri: str, files: dict[str, dict[str, Any]]
 ) -> ImageFolder:
     images = tuple(
-        ImageFile(fs.unstrip_protocol(info["name"]), key, _version(info), info["size"])
+        ImageFile(fs.unstrip_protocol(info["name"]), key, _version(_followed(fs, info)), info["size"])
         for key, info in files.items()
         if PurePosixPath(key).suffix.lower() in IMAGE_SUFFIXES
     )

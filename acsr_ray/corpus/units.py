@@ -257,7 +257,7 @@ def _read_files(unit: Unit) -> pa.Table:
 
 
 def _file_bytes(uri: str) -> bytes | None:
-    """Return a file's bytes, None for one that vanished or cannot be read: its row is quarantined."""
+    """Return a file's bytes, None for one that vanished or may not be read: its row is quarantined."""
     if CHAIN in uri:
         logger.warning("%s cannot be read: its name has %r", uri, CHAIN)
         return None
@@ -265,6 +265,8 @@ def _file_bytes(uri: str) -> bytes | None:
         with fsspec.open(uri, "rb").open() as file:
             data: bytes = file.read()
             return data
-    except OSError as error:
+    except (FileNotFoundError, PermissionError) as error:
+        if "://" in uri.removeprefix("file://") and isinstance(error, PermissionError):
+            raise  # credentials expire; the next try may have others
         logger.warning("%s cannot be read: %s", uri, error)
         return None

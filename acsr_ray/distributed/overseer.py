@@ -47,9 +47,9 @@ class Overseer:
         """End a unit."""
         self._book.end(stage, unit)
 
-    def starting(self, stage: str) -> bool:
-        """Say that a worker starts."""
-        return self._book.starting(stage)
+    def starting(self, stage: str, actors: int) -> bool:
+        """Say that a worker of a pool starts."""
+        return self._book.starting(stage, actors)
 
     def started(self, stage: str) -> None:
         """Say that it is ready."""

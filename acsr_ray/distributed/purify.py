@@ -18,7 +18,7 @@ from ray.data import Dataset
 from acsr_ray.artifacts import MANIFEST, json_digest
 from acsr_ray.columns import IMAGE
 from acsr_ray.config import Device, FailedError, JobSettings
-from acsr_ray.corpus.changes import list_corpus
+from acsr_ray.corpus.changes import check_there, list_corpus
 from acsr_ray.corpus.images import DecodeLimits
 from acsr_ray.corpus.isolated import DecoderSettings
 from acsr_ray.corpus.lease import Lease
@@ -163,15 +163,19 @@ def purify_corpus(settings: PurifyCorpusSettings) -> dict[str, Any]:
     }
     load_bundle(settings.bundle).config.with_reconstruction(settings.reconstruction)
     manifest = json.loads((find_bundle(settings.bundle) / MANIFEST).read_bytes())
-    if not settings.anew:
-        ledger.check(bound, manifest)
-    source = list_corpus(settings.input)
-    if isinstance(source, ImageFolder):
-        check_folder(source, settings.input, settings.image_column)
+    ledger.check(bound, manifest, anew=settings.anew)
+    check_there(settings.input)
     asked = NightSettings(settings.plan, json_digest(deciding), settings.limit, settings.wave_units)
     started = time.perf_counter()
     with stop_request() as stop, Lease(ledger.storage) as lease, Pipelines(settings, stop) as pipelines:
         check_room(ledger.storage, settings.min_free_bytes)
+        ledger.storage.check_conditional()
+        # Again, and listed only now: another run may have ended since.
+        ledger.check(bound, manifest, anew=settings.anew)
+        source = list_corpus(settings.input)
+        if isinstance(source, ImageFolder):
+            check_folder(source, settings.input, settings.image_column)
+        stop.check()
         ledger.claim(bound, manifest)
 
         def purify_units(units: list[Unit], parked: frozenset[str]) -> Iterator[pa.Table]:
@@ -272,23 +276,23 @@ def build_pipeline(
         "options": settings.options,
     }
 
-    def watched(position: str) -> dict[str, Any]:
-        watch = Watch(overseer, writer["fingerprint"], position)
-        return {"chain": WatchedChain, "options": {"watch": watch}}
+    def watched(position: str, actors: int) -> dict[str, Any]:
+        watch = Watch(overseer, writer["fingerprint"], position, actors)
+        return {"chain": WatchedChain, "options": {"watch": watch}, "actors": actors}
 
     decoding = {
         "image_column": settings.image_column,
         "limits": settings.decode,
         "decoder": settings.decoder,
+        "seconds": settings.stage_timeout_s / 3,
     }
     purifying = {**model, "on_failure": settings.on_failure}
     decoded = map_in_actors(
         unit_blocks(units),
         (ReadUnits, {}),
         (DecodeImages, decoding),
-        actors=shares.codec_actors,
         cpus=shares.codec_cpus,
-        **watched("first"),
+        **watched("first", shares.codec_actors),
     )
     encode: Stage = (EncodeImages, model)
     select: Stage = (SelectClusters, {"bundle": bundle, "threads": threads, "options": settings.options})
@@ -302,12 +306,11 @@ def build_pipeline(
         encoded = map_in_actors(
             decoded,
             encode,
-            actors=shares.encode_actors,
             cpus=shares.encode_cpus,
             gpus=shares.encode_gpus,
-            **watched("middle"),
+            **watched("middle", shares.encode_actors),
         )
-        selected = map_in_actors(encoded, select, actors=1, cpus=shares.select_cpus, **watched("middle"))
+        selected = map_in_actors(encoded, select, cpus=shares.select_cpus, **watched("middle", 1))
         stages, cpus = [purify], shares.purify_cpus
     else:
         selected, stages = decoded, [encode, select, purify]
@@ -315,12 +318,9 @@ def build_pipeline(
     purified = map_in_actors(
         selected,
         *stages,
-        actors=shares.purify_actors,
         cpus=cpus,
         gpus=shares.purify_gpus,
-        **watched("middle"),
+        **watched("middle", shares.purify_actors),
     )
     write: Stage = (WriteUnits, writer)
-    return map_in_actors(
-        purified, write, actors=shares.codec_actors, cpus=shares.codec_cpus, **watched("last")
-    )
+    return map_in_actors(purified, write, cpus=shares.codec_cpus, **watched("last", shares.codec_actors))

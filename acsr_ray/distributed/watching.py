@@ -40,6 +40,8 @@ class Watch:
     fingerprint: str
     position: str
     """`first`, `middle` or `last` in the pipeline."""
+    actors: int
+    """Size of the chain's pool."""
 
     @property
     def divisible(self) -> bool:
@@ -62,7 +64,7 @@ class WatchedChain(StageChain):
         self.watch = watch
         self.name = chain_name(stages)
         check_environment()
-        if not ray.get(watch.overseer.starting.remote(self.name)):
+        if not ray.get(watch.overseer.starting.remote(self.name, watch.actors)):
             raise StartError(f"workers of {self.name} die before they are ready")
         super().__init__(stages)
         ray.get(watch.overseer.started.remote(self.name))
@@ -97,7 +99,9 @@ class WatchedChain(StageChain):
         except AcsrError as error:
             return failed_unit(text, _kind(error), f"{self.name}: {error}")
         except FileNotFoundError as error:
-            return failed_unit(text, "vanished", str(error))
+            # Only who reads the input can miss a shard.
+            kind: FailureKind = "vanished" if position == "first" else "storage"
+            return failed_unit(text, kind, f"{self.name}: {error}")
         finally:
             ray.get(overseer.end.remote(self.name, name))
 

@@ -7,6 +7,7 @@ of `acsr_ray.columns` that a stage reads and adds.
 
 import json
 import math
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
@@ -79,7 +80,8 @@ class ReadUnits:
         unit = Unit.from_json(text)
         table = patiently(lambda: read_unit(unit), f"reading {unit.uri}")
         # One value in a dictionary: the unit reaches the writer without a copy per row.
-        return table.append_column(UNIT, pa.array([text] * table.num_rows).dictionary_encode())
+        indices = pa.array(np.zeros(table.num_rows, np.int32))
+        return table.append_column(UNIT, pa.DictionaryArray.from_arrays(indices, [text]))
 
 
 class DecodeImages:
@@ -91,12 +93,18 @@ class DecodeImages:
         image_column: name of the image column.
         limits: what is refused before it is decoded.
         decoder: bounds on the child process.
+        seconds: after which a unit of several rows is given back, since images that hang add up.
     """
 
     def __init__(
-        self, image_column: str, limits: DecodeLimits, decoder: DecoderSettings = DEFAULT_DECODER
+        self,
+        image_column: str,
+        limits: DecodeLimits,
+        decoder: DecoderSettings = DEFAULT_DECODER,
+        seconds: float = math.inf,
     ) -> None:
         self.image_column = image_column
+        self.seconds = seconds
         self.decoder = IsolatedDecoder(limits, decoder)
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -105,12 +113,14 @@ class DecodeImages:
         Raises:
             UnitTooLargeError: the unit's pixels are more than a worker should hold; its halves may not be.
         """
-        rows, size = [], 0
+        rows, size, began = [], 0, time.monotonic()
         for image in self.decoder.decode_all(image_bytes(table[self.image_column])):
             rows.append(_decoded(image))
             size += 0 if isinstance(image, ImageError) else image.nbytes
             if size > UNIT_BYTES and table.num_rows > 1:
                 raise UnitTooLargeError(f"{table.num_rows} rows are more than {UNIT_BYTES // 2**20} MiB")
+            if time.monotonic() - began > self.seconds and len(rows) < table.num_rows:
+                raise UnitTooLargeError(f"{len(rows)} of {table.num_rows} rows took {self.seconds:g} s")
         for name, kind, values in zip(
             (PIXELS, HEIGHT, WIDTH, STATUS, REASON),
             (pa.large_binary(), pa.int32(), pa.int32(), pa.string(), pa.string()),
@@ -238,9 +248,12 @@ class PurifyImages:
                         pixels[row], residual[row], statuses[row] = before[row], 0.0, PASSED_THROUGH
         table = _replace(table, PIXELS, pa.array(pixels, pa.large_binary()))
         table = _replace(table, STATUS, pa.array(statuses, pa.string()))
-        known = [distance is not None and math.isfinite(distance) for distance in distances]
+        known = [
+            distance is not None and math.isfinite(distance) and status != QUARANTINED
+            for distance, status in zip(distances, statuses, strict=True)
+        ]
         for name in (CLASS, CLUSTER, DISTANCE):
-            # A distance that is not finite chose nothing.
+            # A distance that is not finite chose nothing, and a row that is refused later keeps nothing.
             column = table[name]
             kept = pa.array([row if there else None for row, there in enumerate(known)], pa.int64())
             table = _replace(table, name, column.take(kept))

@@ -147,15 +147,19 @@ def test_what_hangs_is_told_once_and_counts_as_a_fall():
     assert book.records[UNIT].falls == 1
 
 
-def test_a_stage_whose_workers_never_get_ready_is_found():
+@pytest.mark.parametrize("actors", [1, 8])
+def test_a_stage_whose_workers_never_get_ready_is_found(actors):
     book = AttemptBook()
-    for _ in range(MOST_STARTS):
-        assert book.starting(STAGE)
+    for _ in range(actors + MOST_STARTS):
+        assert book.starting(STAGE, actors)
         assert book.stillborn() == []
-    assert not book.starting(STAGE)
+    assert not book.starting(STAGE, actors)
     assert book.stillborn() == [STAGE]
+
+
+def test_a_large_pool_may_start_all_at_once_and_again():
     book = AttemptBook()
-    for _ in range(3 * MOST_STARTS):
-        assert book.starting(STAGE)
+    for _ in range(20):
+        assert all(book.starting(STAGE, 64) for _ in range(64))
         book.started(STAGE)
     assert book.stillborn() == []

@@ -234,3 +234,124 @@ def test_code_that_fails_commits_what_was_done_before(source, tmp_path):
     with pytest.raises(FailedError, match="cannot start"):
         spend(source, tmp_path / "out", fails)
     assert Ledger(str(tmp_path / "out")).snapshot().shards.keys() == {"part-0", "part-1"}
+
+
+def test_what_a_limit_cut_is_done_when_the_limit_goes(source, tmp_path):
+    spend(source, tmp_path / "out", limit=13)
+    spend(source, tmp_path / "out")
+    assert keys(tmp_path / "out") == list(range(30))
+
+
+def test_a_shard_that_is_only_touched_while_it_is_read_is_done(source, tmp_path):
+    """All old units say that it changed; their answers do not count against the new plan."""
+    touched = []
+
+    def fails(unit):
+        if unit.relative != "part-1":
+            return None
+        if not touched:
+            touched.append(unit.version)
+            (source / "part-1.parquet").touch()
+        return "changed" if unit.version == touched[0] else None
+
+    night, _ = spend(source, tmp_path / "out", fails, rows=1)
+    assert not night.refused
+    assert keys(tmp_path / "out") == list(range(30))
+
+
+def test_a_link_is_the_file_behind_it(source, tmp_path):
+    (tmp_path / "links").mkdir()
+    for path in source.iterdir():
+        (tmp_path / "links" / path.name).symlink_to(path)
+    night, _ = spend(tmp_path / "links", tmp_path / "out", rows=2)
+    assert not night.refused
+    write_shard(source / "part-1.parquet", range(100, 110))
+    spend(tmp_path / "links", tmp_path / "out", rows=2)
+    assert sorted(keys(tmp_path / "out")) == [*range(10), *range(20, 30), *range(100, 110)]
+
+
+def test_a_shard_that_changes_before_a_stop_shows_no_row_twice(source, tmp_path):
+    """Its first units are published when it changes; its new ones stay hidden until all are there."""
+    path, stop, changed = source / "part-1.parquet", StopRequest(), []
+
+    def fails(unit):
+        if unit.relative == "part-1" and unit.first == 4 and not changed:
+            changed.append(unit.version)
+            # The same rows in other bytes, so that their units have other names.
+            pq.write_table(pq.read_table(path), path, compression="none")
+            return "changed"
+        if changed and unit.version == changed[0]:
+            return "changed"
+        if changed and unit.relative == "part-1" and unit.first == 8:
+            stop._on_signal(15, None)
+            return "deferred"
+        return None
+
+    with pytest.raises(ResumableStop):
+        spend(source, tmp_path / "out", fails, stop=stop)
+    seen = keys(tmp_path / "out")
+    assert len(seen) == len(set(seen))
+    spend(source, tmp_path / "out")
+    assert keys(tmp_path / "out") == list(range(30))
+
+
+def test_storage_that_fails_is_not_waited_for_by_every_unit(source, tmp_path):
+    seen = []
+
+    def fails(unit):
+        seen.append(unit)
+        return "storage"
+
+    with pytest.raises(StorageError):
+        spend(source, tmp_path / "out", fails)
+    assert len(seen) == 1
+
+
+def test_a_run_that_was_taken_over_removes_nothing(source, tmp_path):
+    """A zombie that wakes in the middle of a commit knows only an old snapshot."""
+    ledger = Ledger(str(tmp_path / "out"))
+    spend(source, tmp_path / "out")
+    old = ledger.snapshot()
+    write_shard(source / "part-1.parquet", range(100, 110))
+    spend(source, tmp_path / "out")
+
+    def lost():
+        raise FailedError("taken over")
+
+    for remove in (ledger.settle, lambda snapshot, check: ledger.sweep(snapshot, frozenset(), check)):
+        with pytest.raises(FailedError, match="taken over"):
+            remove(old, lost)
+    assert sorted(keys(tmp_path / "out")) == [*range(10), *range(20, 30), *range(100, 110)]
+
+
+def test_partial_progress_of_a_folder_is_committed_night_by_night(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(12):
+        (folder / f"{number:02d}.png").write_bytes(b"image %d" % number)
+
+    class Photos(Purifier):
+        def __call__(self, units, parked):
+            for unit in units:
+                if self.fails(unit):
+                    yield failed_unit(unit.to_json(), self.fails(unit), "as told")
+                    continue
+                table = read_unit(unit).append_column("key", pa.array(range(unit.first, unit.last + 1)))
+                table = table.append_column(STATUS, pa.array([PURIFIED] * table.num_rows))
+                table = table.append_column(REASON, pa.nulls(table.num_rows, pa.string()))
+                name = unit.output_name(FINGERPRINT)
+                receipt = self.ledger.publish(name, table, None, parked=unit.relative in parked)
+                yield pa.table({"name": [name], "receipt": [json.dumps(asdict(receipt))]})
+
+    def night(fails):
+        ledger = Ledger(str(tmp_path / "out"))
+        asked = NightSettings(UnitPlan(unit_rows=2), FINGERPRINT)
+        with Lease(ledger.storage) as lease:
+            one = Night(asked, ledger, lease, StopRequest(), Photos(tmp_path / "out", fails))
+            one.run(list_corpus(str(folder)))
+        return one.summary(1.0)["images"]
+
+    assert night(lambda unit: "given_up" if unit.first >= 4 else None) == 4
+    assert night(lambda unit: "given_up" if unit.first == 8 else None) == 10
+    assert night(lambda unit: None) == 12
+    assert keys(tmp_path / "out") == list(range(12))
