@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from acsr_ray.columns import QUARANTINED, REASON, STATUS
+from acsr_ray.config import ResumableStop
 from acsr_ray.corpus.lease import holds
 from acsr_ray.corpus.snapshot import Receipt, Snapshot
 from acsr_ray.corpus.sources import CorpusError
@@ -46,7 +47,7 @@ def _always() -> None:
     """Hold the output: for who writes it without a lease."""
 
 
-class LateAttemptError(CorpusError):
+class LateAttemptError(ResumableStop):
     """An attempt of a run that no longer holds the output; what it made stays invisible."""
 
 
