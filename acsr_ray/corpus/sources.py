@@ -5,6 +5,7 @@ folder's first-level sub-folders, where it has any, are the class names.
 """
 
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -161,4 +162,7 @@ def _version(info: dict[str, Any]) -> str:
     """Return size and stamp, "" where the store gives no stamp, so that nothing is taken as unchanged."""
     stamps = (info.get(key) for key in STAMPS)
     stamp = next((value for value in stamps if value), None)
+    if isinstance(stamp, datetime):
+        # Some stores tell it as a time in one call and as a number in another.
+        stamp = stamp.timestamp()
     return "" if stamp is None else f"{info['size']}-{stamp}"

@@ -305,7 +305,7 @@ def test_readers_never_see_old_and_new_rows_together(tmp_path, tiny_bundle, ray_
     before = read_output(tmp_path / "out")["image"].to_pylist()
     write_corpus(tmp_path / "in" / "a.parquet", 40, seed=5)
 
-    def interrupted(self, snapshot):
+    def interrupted(self, snapshot, still_ours):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
