@@ -84,6 +84,7 @@ def test_every_row_once_in_order_with_every_column(tmp_path, tiny_bundle, ray_lo
     assert all(changed)
 
 
+@pytest.mark.slow
 def test_a_second_run_does_nothing_and_a_changed_shard_is_redone(tmp_path, tiny_bundle, ray_local):
     write_corpus(tmp_path / "in" / "a.parquet", 30)
     write_corpus(tmp_path / "in" / "b.parquet", 20, seed=1)
@@ -263,6 +264,7 @@ def test_a_folder_of_photos_keeps_each_size(tmp_path, tiny_bundle, ray_local):
         assert pixels.shape == (height, width, 3)
 
 
+@pytest.mark.slow
 def test_a_killed_driver_is_resumed_without_loss_or_repetition(tmp_path, tiny_bundle):
     source = write_corpus(tmp_path / "in" / "a.parquet", 120)
     output = tmp_path / "out"
@@ -298,6 +300,7 @@ def test_a_killed_driver_is_resumed_without_loss_or_repetition(tmp_path, tiny_bu
     assert not list((output / "_acsr" / "staging").glob("*"))
 
 
+@pytest.mark.slow
 def test_readers_never_see_old_and_new_rows_together(tmp_path, tiny_bundle, ray_local, monkeypatch):
     write_corpus(tmp_path / "in" / "a.parquet", 40)
     run = settings(tmp_path / "in", tmp_path / "out", tiny_bundle)
