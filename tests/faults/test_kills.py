@@ -181,7 +181,7 @@ def test_a_hung_stage_is_named_and_replaced(start_purify, corpus, oracle, tmp_pa
 
 
 @slow
-def test_a_stopped_worker_is_found_and_replaced(start_purify, corpus, oracle, tmp_path):
+def test_a_stopped_worker_is_found_and_holds_nothing_up_for_ever(start_purify, corpus, oracle, tmp_path):
     """Rows 7 and 13: SIGSTOP in the middle of a unit; nothing in the process can answer."""
     output = tmp_path / "out"
     job = start_purify(
@@ -190,9 +190,12 @@ def test_a_stopped_worker_is_found_and_replaced(start_purify, corpus, oracle, tm
     job.until(lambda: len(published(output)) >= 2)
     (worker, *_) = stage_workers(job, "PurifyImages")
     worker.send_signal(signal.SIGSTOP)
-    assert job.wait(400) == 0, job.told()
-    assert "is killed" in job.told()
-    assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
+    # Killed and replaced, or, where it was between two units, a stop that the same command resumes.
+    code = job.wait(400)
+    assert code in (0, 75), job.told()
+    assert "is killed" in job.told() or "nothing was begun or ended" in job.told()
+    if code == 75:
+        finish(start_purify, corpus, output, unit_rows=25)
     oracle.check(output)
 
 
