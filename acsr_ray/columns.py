@@ -43,6 +43,6 @@ WIDTH = "acsr_tmp_width"
 LATENT = "acsr_tmp_latent"
 INDEX = "acsr_tmp_index"
 FAILED = "acsr_tmp_failed"
-"""Only in the table of a unit that failed: the kind of failure, as `acsr_ray.corpus.failures` has them."""
+"""Only in the table of a unit that failed: a `FailureKind` of `acsr_ray.purification.failures`."""
 DETAIL = "acsr_tmp_detail"
 TRAVELLING = (UNIT, PIXELS, HEIGHT, WIDTH, LATENT, INDEX)

@@ -24,7 +24,7 @@ from acsr_ray.storage import Storage, StorageError
 
 BEAT_S = 3.0
 STALE_S = 20.0
-"""A beat that stood still for so long means a dead holder; four beats may be late."""
+"""A beat that stood still for so long means a dead holder; six beats may be late."""
 FOLDER = "_acsr/lease"
 RELEASED = b"released"
 
@@ -127,11 +127,6 @@ class Lease:
                 f"{self._storage.root} was taken over by {_told(self._storage, current(self._storage))}, "
                 "because this run's heartbeat had stopped; what it published is kept"
             )
-
-    @property
-    def is_lost(self) -> bool:
-        """Whether a heartbeat has found another holder."""
-        return self._lost.is_set()
 
     def _keep(self) -> None:
         count = 0
