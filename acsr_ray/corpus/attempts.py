@@ -99,6 +99,7 @@ class AttemptBook:
         self.draining: frozenset[str] = frozenset()
         self.last_event = time.monotonic()
         self._flights: dict[tuple[str, str], Flight] = {}
+        self._beats: dict[tuple[str, int], tuple[str, float]] = {}
         self._starts: dict[str, int] = {}
         self._stillborn: set[str] = set()
 
@@ -164,9 +165,23 @@ class AttemptBook:
             flight.killed = True
         return late
 
+    def beat(self, stage: str, node: str, pid: int) -> None:
+        """Note that a worker is there; one that hangs between two units shows in no flight."""
+        self._beats[node, pid] = stage, time.monotonic()
+
+    def silent(self, seconds: float) -> list[tuple[str, str, int]]:
+        """Return (stage, node, pid) of workers without a beat for longer; each only once.
+
+        One of them may have ended long ago: that is for whoever looks for the process.
+        """
+        now = time.monotonic()
+        still = [worker for worker, (_, beat) in self._beats.items() if now - beat > seconds]
+        return [(self._beats.pop(worker)[0], *worker) for worker in still]
+
     def forget(self) -> None:
         """Forget what is in flight, without blame."""
         self._flights.clear()
+        self._beats.clear()
         self._starts.clear()
 
     def starting(self, stage: str, actors: int) -> bool:

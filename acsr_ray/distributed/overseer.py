@@ -55,6 +55,14 @@ class Overseer:
         """Say that it is ready."""
         self._book.started(stage)
 
+    def beat(self, stage: str, node: str, pid: int) -> None:
+        """Hear that a worker is there."""
+        self._book.beat(stage, node, pid)
+
+    def silent(self, seconds: float) -> list[tuple[str, str, int]]:
+        """Return (stage, node, pid) of workers that were not heard of for longer, each once."""
+        return self._book.silent(seconds)
+
     def stop(self) -> None:
         """Let no stage begin another unit; what is begun is finished and published."""
         self._book.stopping = True

@@ -1,6 +1,8 @@
 """Stages under watch: attempts are counted, hung workers found, and what fails does not stop the rest."""
 
 import os
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +27,9 @@ from acsr_ray.purification.failures import (
 )
 from acsr_ray.purification.stages import UnitTooLargeError
 from acsr_ray.storage import StorageError
+
+BEAT_S = 5.0
+"""Seconds between two signs of life of a worker."""
 
 
 class StartError(FailedError):
@@ -69,6 +74,13 @@ class WatchedChain(StageChain):
         super().__init__(stages)
         ray.get(watch.overseer.started.remote(self.name))
         self.node: str = ray.get_runtime_context().get_node_id()
+        # A worker that hangs between two units is in no stage's hands: only its silence tells.
+        threading.Thread(target=self._beat, daemon=True, name="beat").start()
+
+    def _beat(self) -> None:
+        while True:
+            self.watch.overseer.beat.remote(self.name, self.node, os.getpid())
+            time.sleep(BEAT_S)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Pass a unit through all stages; a unit that failed before, or fails here, becomes one row."""

@@ -27,6 +27,8 @@ NOTHING: pa.Table = pa.table({})
 TICK_S = 0.5
 LOOK_S = 1.0
 SPACE_S = 10.0
+SILENT_S = 20.0
+"""So long, or the stage timeout where that is longer, may a worker give no sign of life."""
 STRANDED_S = 30.0
 """So long may nothing happen after a node was lost, before what is left is shared out anew."""
 STILL_S = 60.0
@@ -119,6 +121,7 @@ class _Keeper:
         self._told = False
         self._drained: frozenset[str] = frozenset()
         self._nodes = len(node_resources())
+        self._kills: dict[ray.ObjectRef[bool], str] = {}
         self.is_stranded = False
 
     def tick(self) -> None:
@@ -139,7 +142,7 @@ class _Keeper:
             logger.warning("%d nodes are leaving: they begin no new unit", len(drained))
         self._drained = drained
         late, stillborn, idle_s = ray.get(
-            self._overseer.look.remote(self._limits.stage_timeout_s, sorted(drained))
+            self._overseer.look.remote(self._limits.stage_timeout_s, sorted(drained)), timeout=STILL_S
         )
         for flight in late:
             logger.error(
@@ -153,6 +156,7 @@ class _Keeper:
                 flight["node"],
             )
             _kill(flight["node"], flight["pid"])
+        self._look_for_silence()
         # What was before this wave does not count: planning it may have taken long.
         idle_s = min(idle_s, time.monotonic() - self._began)
         self.is_stranded = idle_s > STRANDED_S and len(node_resources()) < self._nodes
@@ -162,19 +166,37 @@ class _Keeper:
         if stillborn:
             raise FailedError(f"workers of {', '.join(stillborn)} die before they are ready")
 
+    def _look_for_silence(self) -> None:
+        limit = max(SILENT_S, self._limits.stage_timeout_s)
+        silent = ray.get(self._overseer.silent.remote(limit), timeout=STILL_S)
+        for stage, node, pid in silent:
+            told = f"a worker of {stage} gave no sign of life for {limit:g} s: process {pid} of node {node}"
+            self._kills[_kill(node, pid)] = told
+        if not self._kills:
+            return
+        done, _ = ray.wait(list(self._kills), num_returns=len(self._kills), timeout=0)
+        for kill in done:
+            told = self._kills.pop(kill)
+            # Most have only ended with their pool; nobody has to hear of those.
+            with contextlib.suppress(ray.exceptions.RayError):
+                if ray.get(kill):
+                    logger.error("%s is killed", told)
 
-def _kill(node: str, pid: int) -> None:
+
+def _kill(node: str, pid: int) -> "ray.ObjectRef[bool]":
     """Kill a process of a node, even one that is stopped; Ray then starts its actor anew."""
     there = NodeAffinitySchedulingStrategy(node, soft=False)
-    ray.remote(_kill_here).options(num_cpus=0, scheduling_strategy=there, max_retries=0).remote(pid)
+    return ray.remote(_kill_here).options(num_cpus=0, scheduling_strategy=there, max_retries=0).remote(pid)
 
 
-def _kill_here(pid: int) -> None:
+def _kill_here(pid: int) -> bool:
     # It may have ended by itself, and its number may be another program's by now.
     with contextlib.suppress(psutil.Error):
         process = psutil.Process(pid)
         if " ".join(process.cmdline()).startswith("ray::"):
             process.kill()
+            return True
+    return False
 
 
 def check_room(storage: Storage, least: int) -> None:

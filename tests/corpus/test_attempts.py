@@ -163,3 +163,16 @@ def test_a_large_pool_may_start_all_at_once_and_again():
         assert all(book.starting(STAGE, 64) for _ in range(64))
         book.started(STAGE)
     assert book.stillborn() == []
+
+
+def test_a_worker_without_a_beat_is_told_once():
+    book = AttemptBook()
+    book.beat(STAGE, "node", 1)
+    book.beat(STAGE, "node", 2)
+    assert book.silent(60) == []
+    time.sleep(0.05)
+    book.beat(STAGE, "node", 2)
+    assert book.silent(0.04) == [(STAGE, "node", 1)]
+    assert book.silent(0.04) == []
+    book.forget()
+    assert book.silent(-1) == []

@@ -20,7 +20,6 @@ from typing import Any
 
 import boto3
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -363,16 +362,6 @@ class Job:
             assert self.process.poll() is None, f"it ended first:\n{self.told()}"
             assert time.monotonic() < ends, f"it took too long:\n{self.told()}"
             time.sleep(0.02)
-
-    def workers(self, name: str) -> list[psutil.Process]:
-        """Return the worker processes of this job, or of its cluster, whose title names a stage."""
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                title = " ".join(process.cmdline()) or process.name()
-                if title.startswith("ray::") and name in title:
-                    found.append(process)
-        return found
 
 
 @pytest.fixture

@@ -181,8 +181,10 @@ def test_a_hung_stage_is_named_and_replaced(start_purify, corpus, oracle, tmp_pa
 
 
 @slow
-def test_a_stopped_worker_is_found_and_holds_nothing_up_for_ever(start_purify, corpus, oracle, tmp_path):
-    """Rows 7 and 13: SIGSTOP in the middle of a unit; nothing in the process can answer."""
+def test_a_worker_stopped_in_the_middle_of_a_unit_is_killed_and_replaced(
+    start_purify, corpus, oracle, tmp_path
+):
+    """Rows 7 and 13: SIGSTOP; nothing in the process can answer."""
     output = tmp_path / "out"
     job = start_purify(
         corpus, output, faults={"slow": {"PurifyImages": 0.2}}, unit_rows=25, stage_timeout_s=4.0
@@ -190,12 +192,36 @@ def test_a_stopped_worker_is_found_and_holds_nothing_up_for_ever(start_purify, c
     job.until(lambda: len(published(output)) >= 2)
     (worker, *_) = stage_workers(job, "PurifyImages")
     worker.send_signal(signal.SIGSTOP)
-    # Killed and replaced, or, where it was between two units, a stop that the same command resumes.
-    code = job.wait(400)
-    assert code in (0, 75), job.told()
-    assert "is killed" in job.told() or "nothing was begun or ended" in job.told()
-    if code == 75:
-        finish(start_purify, corpus, output, unit_rows=25)
+    assert job.wait(400) == 0, job.told()
+    assert "is killed" in job.told()
+    oracle.check(output)
+
+
+@slow
+def test_a_worker_stopped_between_two_units_is_killed_and_replaced(start_purify, corpus, oracle, tmp_path):
+    """Row 13: no unit is in its hands, so that only its silence tells."""
+    output = tmp_path / "out"
+    job = start_purify(corpus, output, faults={"freeze": "PurifyImages"}, unit_rows=25, stage_timeout_s=4.0)
+    assert job.wait(400) == 0, job.told()
+    assert "PurifyImages gave no sign of life for 20 s" in job.told()
+    assert "is killed" in job.told()
+    oracle.check(output)
+
+
+@slow
+def test_a_disk_that_gets_full_stops_the_job_and_more_room_ends_it(start_purify, corpus, oracle, tmp_path):
+    """Row 10, in the middle of the whole job."""
+    output = tmp_path / "out"
+    job = start_purify(corpus, output, faults={"full": 7}, unit_rows=25)
+    assert job.wait() == 75, job.told()
+    (line,) = [line for line in job.told().splitlines() if line.startswith("error:")]
+    assert "no room left" in line
+    assert "the same command goes on from here" in line
+    done = published(output)
+    assert 7 <= len(done) < ROWS // 25
+    assert Ledger(str(output)).snapshot().names() == done
+    finish(start_purify, corpus, output, unit_rows=25)
+    assert done <= published(output)
     oracle.check(output)
 
 

@@ -5,12 +5,16 @@
     stop_at     {"point": name}: SIGSTOP the process that passes it first
     rows        {id: "exit" | "hang" | "memory" | "error"}: what an image with that id does to PurifyImages
     start       {stage class: "error" | "exit"}: what a stage does when it starts
+    freeze      stage class: SIGSTOPs itself once, after a unit has ended and before the next begins
+    full        n: the disk is full for every file of data/ after the n-th
     begun       file that gets "node time" for every unit that PurifyImages begins
     fallback    [ids]: images that the solver has no finite result for
 
 Image ids are told by the first pixel's red and green, as `corpus.py` writes them.
 """
 
+import contextlib
+import errno
 import json
 import os
 import re
@@ -59,6 +63,10 @@ def install() -> None:
     for key, patch in stages.items():
         for name, value in told.get(key, {}).items():
             patch(name, value)
+    if "freeze" in told:
+        _freeze(told["freeze"])
+    if "full" in told:
+        _full(told["full"])
     if "begun" in told:
         _begun(told["begun"])
     if "rows" in told:
@@ -119,6 +127,36 @@ def _slow(name: str, seconds: float) -> None:
         return real(self, table)
 
     stage.__call__ = slowly
+
+
+def _freeze(name: str) -> None:
+    from acsr_ray.distributed.watching import WatchedChain
+
+    real = WatchedChain.__call__
+
+    def then_stopped(self: Any, table: Any) -> Any:
+        result = real(self, table)
+        if name in self.name:
+            with contextlib.suppress(FileExistsError):
+                Path(os.environ["ACSR_COUNTER"] + ".frozen").touch(exist_ok=False)
+                os.kill(os.getpid(), signal.SIGSTOP)
+        return result
+
+    WatchedChain.__call__ = then_stopped  # type: ignore[method-assign]
+
+
+def _full(count: int) -> None:
+    from acsr_ray.storage import DiskStorage
+
+    real = DiskStorage._stage
+
+    def stage(self: Any, data: bytes) -> Any:
+        published = sum(1 for _ in Path(self.root, "data").rglob("*.parquet"))
+        if published >= count and data.startswith(b"PAR1"):
+            raise OSError(errno.ENOSPC, "No space left on device", "told by the test")
+        return real(self, data)
+
+    DiskStorage._stage = stage  # type: ignore[method-assign]
 
 
 def _begun(path: str) -> None:
