@@ -31,6 +31,7 @@ SILENT_S = 20.0
 """So long, or the stage timeout where that is longer, may a worker give no sign of life."""
 STRANDED_S = 30.0
 """So long may nothing happen after a node was lost, before what is left is shared out anew."""
+STORE_FULL = (ray.exceptions.OutOfDiskError, ray.exceptions.ObjectStoreFullError)
 STILL_S = 60.0
 """So long, and twice the stage timeout, may nothing happen at all, the wait for machines included."""
 
@@ -218,6 +219,11 @@ def _explained(error: BaseException) -> Exception:
     if isinstance(error, FailedError | ResumableStop):
         return error
     chain = list(_chain(error))
+    if any(isinstance(link, STORE_FULL) for link in chain):
+        return ResumableStop(
+            "no room left in Ray's object store, nor on the disk that it spills to: make room there or give "
+            "the store more (--ray.object-store-megabytes for a local Ray); the same command goes on from here"
+        )
     of_code = (ray.exceptions.RayTaskError, ray.exceptions.ActorDiedError)
     told = next((e for e in chain if isinstance(e, of_code)), error)
     # The last line of what a worker says is the error itself; what comes before is its way there.
@@ -231,4 +237,5 @@ def _explained(error: BaseException) -> Exception:
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
-        error = error.__cause__
+        # A task's error carries what was raised in the task.
+        error = getattr(error, "cause", None) or error.__cause__

@@ -56,6 +56,7 @@ if __name__ == "__main__":
     from train_heavy import Heavy as Shipped  # not of __main__, which workers cannot import
 
     shard, output, workers, megabytes = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    cpus = float(sys.argv[5])
     logging.basicConfig(level=logging.INFO)
     trained = run_training(
         Shipped(megabytes),
@@ -63,7 +64,7 @@ if __name__ == "__main__":
         validation=(),
         output=output,
         device="cpu",
-        run=RunSettings(workers=workers, threads=1, cpus_per_worker=0.5, checkpoint_steps=2, name="heavy"),
+        run=RunSettings(workers=workers, threads=1, cpus_per_worker=cpus, checkpoint_steps=2, name="heavy"),
         settings=RaySettings(object_store_megabytes=100),
     )
     print(json.dumps(trained.metrics))
