@@ -222,7 +222,7 @@ def _explained(error: BaseException) -> Exception:
     if any(isinstance(link, STORE_FULL) for link in chain):
         return ResumableStop(
             "no room left in Ray's object store, nor on the disk that it spills to: make room there or give "
-            "the store more (--ray.object-store-megabytes for a local Ray); the same command goes on from here"
+            "the store more (--ray.object-store-megabytes for a local Ray); the same command resumes"
         )
     of_code = (ray.exceptions.RayTaskError, ray.exceptions.ActorDiedError)
     told = next((e for e in chain if isinstance(e, of_code)), error)
