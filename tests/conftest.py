@@ -38,6 +38,15 @@ CLUSTERS = np.array([(0, 0), (0, 1), (1, 0), (2, 0)])
 IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `-n`, give all that starts Ray to one process, and each file to one: fixtures are made once."""
+    for item in items:
+        starts_ray = item.get_closest_marker("ray") is not None or "ray_local" in getattr(
+            item, "fixturenames", ()
+        )
+        item.add_marker(pytest.mark.xdist_group("ray" if starts_ray else item.nodeid.split("::")[0]))
+
+
 def draw_smooth(count: int, height: int, width: int, seed: int) -> np.ndarray:
     """Return smooth random RGB images with some texture, (count, height, width, 3) uint8."""
     generator = np.random.default_rng(seed)
