@@ -72,6 +72,14 @@ def test_files_while_it_runs_and_when_it_is_done(tmp_path, quick):
     assert not list((tmp_path / "_acsr/staging").iterdir())
 
 
+def end_with(error, storage):
+    """Do one unit and end with an error."""
+    tally = RunTally()
+    with ObservedRun(ABOUT, tally, storage, console=Quiet()):
+        tally.done("u0", FACTS)
+        raise error
+
+
 @pytest.mark.parametrize(
     ("error", "outcome", "detail"),
     [
@@ -83,10 +91,8 @@ def test_files_while_it_runs_and_when_it_is_done(tmp_path, quick):
     ],
 )
 def test_how_it_ended_is_in_its_record(tmp_path, error, outcome, detail):
-    tally = RunTally()
-    with pytest.raises(type(error)), ObservedRun(ABOUT, tally, DiskStorage(tmp_path), console=Quiet()):
-        tally.done("u0", FACTS)
-        raise error
+    with pytest.raises(type(error)):
+        end_with(error, DiskStorage(tmp_path))
     record, progress = files(tmp_path)
     assert (record["outcome"], record["detail"], record["images"]) == (outcome, detail, 4)
     assert progress["outcome"] == outcome
@@ -101,12 +107,9 @@ def test_a_storage_in_trouble_neither_fails_nor_delays_a_stop(tmp_path, caplog):
             raise OSError(5, "Input/output error", name)
 
     began = time.monotonic()
-    tally = RunTally()
-    with pytest.raises(ResumableStop), ObservedRun(ABOUT, tally, Broken(tmp_path), console=Quiet()) as run:
-        tally.done("u0", FACTS)
-        raise ResumableStop("stopped on request")
+    with pytest.raises(ResumableStop):
+        end_with(ResumableStop("stopped on request"), Broken(tmp_path))
     assert time.monotonic() - began < 8
-    assert run.record["images"] == 4
     assert "the run goes on" in caplog.text
 
 

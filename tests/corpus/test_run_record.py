@@ -3,6 +3,7 @@
 import json
 import random
 import threading
+from itertools import pairwise
 
 import pytest
 
@@ -181,7 +182,7 @@ def test_a_timeline_of_any_length_has_few_points_evenly():
     assert points[0] == (0.0, 0)
     assert points[-1] == (2000.0, 20_000)
     assert all(images == pytest.approx(10 * seconds, abs=1) for seconds, images in points)
-    gaps = [after[0] - before[0] for before, after in zip(points, points[1:-1], strict=False)]
+    gaps = [after[0] - before[0] for before, after in pairwise(points[:-1])]
     assert max(gaps) < 3 * min(gaps)
 
 

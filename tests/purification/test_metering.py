@@ -1,4 +1,4 @@
-"""What a chain's stages cost: the room in batches is that of the batches really made, seconds are of the stage."""
+"""What a chain's stages cost: room in batches is that of the batches made, seconds are those of the stage."""
 
 import time
 
