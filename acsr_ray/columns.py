@@ -46,3 +46,5 @@ FAILED = "acsr_tmp_failed"
 """Only in the table of a unit that failed: a `FailureKind` of `acsr_ray.purification.failures`."""
 DETAIL = "acsr_tmp_detail"
 TRAVELLING = (UNIT, PIXELS, HEIGHT, WIDTH, LATENT, INDEX)
+FACTS = "acsr_tmp_facts"
+"""What was noted of a unit so far, as JSON: `UnitFacts` of `acsr_ray.corpus.facts`. Stages do not see it."""

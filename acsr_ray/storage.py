@@ -61,8 +61,8 @@ class Storage(Protocol):
     def create(self, name: str, data: bytes) -> bool:
         """Make a whole file visible unless there is one already; return whether it was made."""
 
-    def write(self, name: str, data: bytes) -> None:
-        """Write a file, or replace it at once."""
+    def write(self, name: str, data: bytes, deadline_s: float | None = None) -> None:
+        """Write a file, or replace it at once; `deadline_s` as for `patiently`."""
 
     def move(self, source: str, target: str) -> None:
         """Rename a file, unless the target is there; then only the source goes."""
@@ -194,7 +194,7 @@ class DiskStorage:
 
         return patiently(attempt, f"writing {path}")
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes, deadline_s: float | None = None) -> None:
         """Replace by rename."""
         path = self._root / name
 
@@ -203,7 +203,7 @@ class DiskStorage:
             path.parent.mkdir(parents=True, exist_ok=True)
             staged.replace(path)
 
-        patiently(attempt, f"writing {path}")
+        patiently(attempt, f"writing {path}", deadline_s)
 
     def move(self, source: str, target: str) -> None:
         """Link and unlink: a crash in between leaves both, and the next call ends it."""
@@ -338,10 +338,10 @@ class ObjectStorage:
                 f"{self.root}: the store ignores If-None-Match, so it cannot be written"
             )
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes, deadline_s: float | None = None) -> None:
         """Put an object."""
         path = self._path(name)
-        patiently(lambda: self._fs.pipe_file(path, data), f"writing {self.root}/{name}")
+        patiently(lambda: self._fs.pipe_file(path, data), f"writing {self.root}/{name}", deadline_s)
 
     def move(self, source: str, target: str) -> None:
         """Get, create and remove: stores have no conditional rename."""

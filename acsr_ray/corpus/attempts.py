@@ -98,6 +98,8 @@ class AttemptBook:
         self.stopping = False
         self.draining: frozenset[str] = frozenset()
         self.last_event = time.monotonic()
+        self.falls = 0
+        """Units that lost their worker, counted each time."""
         self._flights: dict[tuple[str, str], Flight] = {}
         self._beats: dict[tuple[str, int], tuple[str, float]] = {}
         self._starts: dict[str, int] = {}
@@ -211,6 +213,7 @@ class AttemptBook:
         return None if record is None else record.to_dict(unit)
 
     def _fell(self, unit: str, flight: Flight, divisible: bool) -> None:
+        self.falls += 1
         record = self.records.setdefault(unit, Record())
         record.falls += 1
         if not divisible:

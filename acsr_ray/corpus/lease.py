@@ -119,6 +119,11 @@ class Lease:
                 if kind is None:
                     raise
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether the run is known to hold the output no more; asks nobody."""
+        return self._lost.is_set()
+
     def check(self) -> None:
         """Raise `LeaseLostError` if another run took the output over."""
         if self._lost.is_set() or not holds(self._storage, self.number):

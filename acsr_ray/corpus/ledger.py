@@ -3,7 +3,7 @@
 `data/` holds the purified shards, `_acsr/` everything else: `run.json` (the settings that decide pixels,
 written first), `bundle.json`, `lease/` (who writes), `quarantine/` (original bytes of refused images),
 `staging/`, `ready/` (finished units that replace published ones), `attempts/` (units that brought a worker
-down), `runs/` (a report per run) and `snapshots/` (the highest number is the current one). A unit appears in
+down), `runs/` (a record per run) and `snapshots/` (the highest number is the current one). A unit appears in
 `data/` by an operation that refuses to replace, so it is either absent or complete, and of two attempts the
 first wins. Its receipt lies in the file's own footer, so nothing else has to be written with it.
 """
@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, replace
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from acsr_ray.columns import QUARANTINED, REASON, STATUS
+from acsr_ray.columns import OUTCOME, QUARANTINED, REASON, STATUS
 from acsr_ray.config import ResumableStop
 from acsr_ray.corpus.lease import holds
 from acsr_ray.corpus.snapshot import Receipt, Snapshot
@@ -108,10 +107,6 @@ class Ledger:
                 self._write_json(BUNDLE, bundle)
             self._write_json(RUN, settings)
 
-    def report(self, summary: Mapping[str, Any]) -> None:
-        """Keep a run's closing summary under `runs/`."""
-        self._write_json(f"_acsr/runs/{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}.json", summary)
-
     def published(self) -> set[str]:
         """Return the names of the published units, relative to `data/`."""
         return _parquet(self.storage.names(DATA))
@@ -143,13 +138,7 @@ class Ledger:
         Raises:
             LateAttemptError: another run holds the output.
         """
-        receipt = Receipt(
-            name,
-            table.num_rows,
-            _counts(table, STATUS),
-            _counts(table.filter(_refused(table)), REASON),
-            first,
-        )
+        receipt = Receipt(name, table.num_rows, *counts(table), first)
         metadata = {**(table.schema.metadata or {}), RECEIPT_KEY: json.dumps(asdict(receipt))}
         data = _to_parquet(table.replace_schema_metadata(metadata))
         if lease and not holds(self.storage, lease):
@@ -166,10 +155,7 @@ class Ledger:
         Raises:
             CorpusError: it is no file of a purification.
         """
-        try:
-            data = self.storage.read(f"{DATA}/{name}")
-        except FileNotFoundError:
-            data = self.storage.read(f"{READY}/{name}")
+        data = self._finished_file(name)
         try:
             metadata = pq.read_schema(io.BytesIO(data)).metadata or {}
         except pa.ArrowException as error:
@@ -178,6 +164,16 @@ class Ledger:
             raise CorpusError(f"{self.output}/{DATA}/{name} was not written by a purification")
         fields = json.loads(metadata[RECEIPT_KEY])
         return replace(Receipt(**fields), digest=hashlib.sha256(data).hexdigest())
+
+    def outcome(self, name: str) -> pa.Table:
+        """Return the outcome columns of a finished unit."""
+        return pq.read_table(io.BytesIO(self._finished_file(name)), columns=OUTCOME.names)
+
+    def _finished_file(self, name: str) -> bytes:
+        try:
+            return self.storage.read(f"{DATA}/{name}")
+        except FileNotFoundError:
+            return self.storage.read(f"{READY}/{name}")
 
     def snapshot(self) -> Snapshot:
         """Return the current snapshot, an empty one where there is none."""
@@ -317,6 +313,11 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 def _refused(table: pa.Table) -> pa.Array:
     return pa.array([status == QUARANTINED for status in table[STATUS].to_pylist()], pa.bool_())
+
+
+def counts(table: pa.Table) -> tuple[dict[str, int], dict[str, int]]:
+    """Return what a receipt counts: rows per status, and quarantined rows per reason."""
+    return _counts(table, STATUS), _counts(table.filter(_refused(table)), REASON)
 
 
 def _counts(table: pa.Table, column: str) -> dict[str, int]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from acsr_ray.columns import DETAIL, FAILED, UNIT
+from acsr_ray.columns import DETAIL, FACTS, FAILED, UNIT
 from acsr_ray.config import FailedError, ResumableStop
 from acsr_ray.corpus.changes import (
     Refused,
@@ -28,8 +28,10 @@ from acsr_ray.corpus.changes import (
     list_corpus,
     unchanged,
 )
+from acsr_ray.corpus.facts import UnitFacts
 from acsr_ray.corpus.lease import Lease
 from acsr_ray.corpus.ledger import Ledger, shard_of
+from acsr_ray.corpus.run_record import RunTally
 from acsr_ray.corpus.snapshot import Receipt, ShardEntry, Snapshot, total
 from acsr_ray.corpus.sources import CorpusError, ImageFolder, Shard
 from acsr_ray.corpus.stopping import StopRequest
@@ -43,7 +45,6 @@ MOST_TRIES = 3
 MOST_IDLE_ROUNDS = 20
 IDLE_PAUSE_S = 1.0
 SHOWN = 5
-PROGRESS_SECONDS = 10.0
 
 PurifyUnits = Callable[[list[Unit], frozenset[str]], Iterable[pa.Table]]
 """From units, and the shards whose new units are parked, to one table per unit."""
@@ -68,6 +69,7 @@ class Night:
         lease: held for it.
         stop: when made, the run commits what is finished and ends.
         purify_units: does the work.
+        tally: told of everything that happens.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Night:
         lease: Lease,
         stop: StopRequest,
         purify_units: PurifyUnits,
+        tally: RunTally | None = None,
     ) -> None:
         self.settings, self.ledger, self.lease, self.stop = settings, ledger, lease, stop
         self.failed: dict[str, str] = {}
@@ -85,8 +88,10 @@ class Night:
         """Why shards could not be read, by URI."""
         self.removed = 0
         """Shards that are in the output no more, because they left the input."""
+        self.tally = tally or RunTally()
         self._purify_units = purify_units
         self._snapshot = ledger.snapshot()
+        self.tally.corpus = lambda: total(self._snapshot.receipts())
         # What a crash after the last commit left half done.
         ledger.settle(self._snapshot, lease.check)
         self._published = ledger.published()
@@ -145,6 +150,7 @@ class Night:
     def _works(self, source: list[Shard] | ImageFolder) -> Iterator[ShardWork]:
         settings = self.settings
         if isinstance(source, ImageFolder):
+            self.tally.shards(1, settings.limit)
             yield from self._limited([folder_work(source, settings.plan, settings.fingerprint)])
             return
         changed = []
@@ -155,6 +161,7 @@ class Night:
             else:
                 changed.append(shard)
         logger.info("%d shards, %d of them as they were", len(source), len(source) - len(changed))
+        self.tally.shards(len(changed), settings.limit)
         found = inspect_shards(changed, settings.plan, self._snapshot, settings.fingerprint)
         yield from self._limited(self._readable(found))
 
@@ -184,6 +191,7 @@ class Night:
     def _pending(self, works: Iterable[ShardWork]) -> Iterator[tuple[str, Unit]]:
         """Open each shard and yield its units that are not finished, by output name."""
         for work in works:
+            self.tally.opened()
             self._open[work.relative] = work
             self._seen.add(work.relative)
             for name, unit in self._waiting(work, work.units):
@@ -227,23 +235,19 @@ class Night:
     def _round(self, wave: dict[str, Unit]) -> None:
         """Run the units of a wave once; those that are done, or never will be, leave it."""
         parked = frozenset(self._parked(wave))
-        planned, rows, began = sum(unit.num_rows for unit in wave.values()), 0, time.monotonic()
-        told = began
+        self.tally.plan(sum(unit.num_rows for unit in wave.values()))
         self._hidden |= parked
         for table in self._purify_units(list(wave.values()), parked):
             for row in table.to_pylist():
+                facts = UnitFacts.from_json(row[FACTS]) if FACTS in row else UnitFacts()
                 if FAILED not in row:
-                    rows += self._done(wave, Receipt(**json.loads(row["receipt"])), parked)
-                elif row[FAILED] == "storage":
+                    self._done(wave, Receipt(**json.loads(row["receipt"])), parked, facts)
+                    continue
+                self.tally.spent(facts)
+                if row[FAILED] == "storage":
                     # Every other unit would wait for the storage as long as this one has.
                     raise StorageError(f"{row[DETAIL]}; the same command goes on from here")
-                else:
-                    self._not_done(wave, Unit.from_json(row[UNIT]), row[FAILED], row[DETAIL])
-            now = time.monotonic()
-            if now - told >= PROGRESS_SECONDS and rows:
-                told, rate = now, rows / (now - began)
-                left = (planned - rows) / rate
-                logger.info("%d of %d images, %.1f/s, %.0f s left", rows, planned, rate, left)
+                self._not_done(wave, Unit.from_json(row[UNIT]), row[FAILED], row[DETAIL])
 
     def _parked(self, wave: Mapping[str, Unit]) -> Iterator[str]:
         """Yield the shards that have published files which their new units replace."""
@@ -252,18 +256,22 @@ class Night:
             if self._stale[relative] > own:
                 yield relative
 
-    def _done(self, wave: dict[str, Unit], receipt: Receipt, parked: frozenset[str]) -> int:
+    def _done(
+        self, wave: dict[str, Unit], receipt: Receipt, parked: frozenset[str], facts: UnitFacts
+    ) -> None:
         relative = shard_of(receipt.name)
         if relative not in parked and receipt.name not in self._published:
             self._published.add(receipt.name)
             self._stale[relative] += 1
         unit = wave.pop(receipt.name, None)
         if unit is None:
-            return 0  # its shard changed meanwhile
+            return  # its shard changed meanwhile
         self._open[relative].receipts[receipt.name] = receipt
         self._units_done += 1
         self._rows_done += receipt.rows
-        return receipt.rows
+        if not facts.statuses:
+            facts += UnitFacts(receipt.statuses, receipt.reasons)
+        self.tally.done(receipt.name, facts)
 
     def _not_done(self, wave: dict[str, Unit], unit: Unit, kind: str, detail: str) -> None:
         name = unit.output_name(self.settings.fingerprint)
@@ -286,6 +294,9 @@ class Night:
             if kind == "given_up" or self._tries[name] >= MOST_TRIES:
                 del wave[name]
                 self.failed[name] = detail
+                self.tally.fail(name, detail)
+            else:
+                self.tally.again()
 
     def _changed(self, wave: dict[str, Unit], unit: Unit, detail: str) -> None:
         """Plan a shard anew that is not what it was when it was listed."""
@@ -295,6 +306,7 @@ class Night:
         if self._tries[unit.uri] > MOST_TRIES:
             self._refuse(unit.uri, unit.relative, "changing: it changes while it is read")
             return
+        self.tally.again()
         try:
             source = list_corpus(unit.uri)
         except CorpusError:
@@ -324,6 +336,7 @@ class Night:
     def _refuse(self, uri: str, relative: str, reason: str) -> None:
         logger.warning("shard %s is left out: %s", uri, reason)
         self.refused[uri] = reason
+        self.tally.refuse(uri, reason)
         if relative in self._entries:
             # Its last good state stays: what was purified then is still the answer.
             self._seen.add(relative)
@@ -357,6 +370,7 @@ class Night:
     def _finish(self) -> None:
         gone = self._entries.keys() - self._seen
         self.removed = len(gone)
+        self.tally.removed(self.removed)
         for relative in gone:
             del self._entries[relative]
         if gone:

@@ -71,6 +71,10 @@ class Overseer:
         """Forget what is in flight: the pipeline that carried it is given up, and nothing fell."""
         self._book.forget()
 
+    def falls(self) -> int:
+        """Return how often a unit lost its worker."""
+        return self._book.falls
+
     def look(
         self, timeout_s: float, draining: Sequence[str]
     ) -> tuple[list[dict[str, Any]], list[str], float]:

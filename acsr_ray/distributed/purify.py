@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
@@ -24,10 +24,13 @@ from acsr_ray.corpus.isolated import DecoderSettings
 from acsr_ray.corpus.lease import Lease
 from acsr_ray.corpus.ledger import Ledger
 from acsr_ray.corpus.night import Night, NightSettings
+from acsr_ray.corpus.observing import ObservedRun, read_plan
+from acsr_ray.corpus.run_record import RunAbout, RunTally
 from acsr_ray.corpus.sources import CorpusError, ImageFolder, absolute_uri
 from acsr_ray.corpus.stopping import StopRequest, stop_request
 from acsr_ray.corpus.units import Unit, UnitPlan, check_folder
 from acsr_ray.distributed.blocks import Stage, map_in_actors, unit_blocks
+from acsr_ray.distributed.metrics import RunMetrics
 from acsr_ray.distributed.overseer import start_overseer
 from acsr_ray.distributed.runtime import (
     RaySettings,
@@ -61,6 +64,8 @@ from acsr_ray.storage import Storage
 logger = logging.getLogger(__name__)
 
 SHOWN_FAILURES = 5
+TOLD = {"batch_size", "device", "wave_units", "stage_timeout_s", "on_failure", "ray"}
+"""Settings that a run's record tells beside those that decide its output; none may hold a secret."""
 
 
 class PurifyCorpusSettings(JobSettings):
@@ -167,37 +172,61 @@ def purify_corpus(settings: PurifyCorpusSettings) -> dict[str, Any]:
     check_there(settings.input)
     asked = NightSettings(settings.plan, json_digest(deciding), settings.limit, settings.wave_units)
     started = time.perf_counter()
-    with stop_request() as stop, Lease(ledger.storage) as lease, Pipelines(settings, stop) as pipelines:
+    tally = RunTally(RunMetrics())
+    with (
+        stop_request() as stop,
+        Lease(ledger.storage) as lease,
+        Pipelines(settings, stop, tally) as pipelines,
+    ):
         check_room(ledger.storage, settings.min_free_bytes)
         ledger.storage.check_conditional()
         # Again, and listed only now: another run may have ended since.
         ledger.check(bound, manifest, anew=settings.anew)
-        source = list_corpus(settings.input)
-        if isinstance(source, ImageFolder):
-            check_folder(source, settings.input, settings.image_column)
-        stop.check()
-        ledger.claim(bound, manifest)
+        about = about_run(settings, bound, ledger, lease)
+        with ObservedRun(about, tally, ledger.storage, is_ours=lambda: not lease.is_lost):
+            source = list_corpus(settings.input)
+            if isinstance(source, ImageFolder):
+                check_folder(source, settings.input, settings.image_column)
+            stop.check()
+            ledger.claim(bound, manifest)
 
-        def purify_units(units: list[Unit], parked: frozenset[str]) -> Iterator[pa.Table]:
-            writer = {
-                "output": ledger.output,
-                "fingerprint": asked.fingerprint,
-                "image_column": settings.image_column,
-                "keep_original": settings.keep_original,
-                "parked": parked,
-                "lease": lease.number,
-            }
-            return pipelines.run(units, writer, ledger.storage)
+            def purify_units(units: list[Unit], parked: frozenset[str]) -> Iterator[pa.Table]:
+                writer = {
+                    "output": ledger.output,
+                    "fingerprint": asked.fingerprint,
+                    "image_column": settings.image_column,
+                    "keep_original": settings.keep_original,
+                    "parked": parked,
+                    "lease": lease.number,
+                }
+                return pipelines.run(units, writer, ledger.storage)
 
-        night = Night(asked, ledger, lease, stop, purify_units)
-        night.run(source)
-        elapsed = time.perf_counter() - started
-        summary = night.summary(elapsed)
-        ledger.report({**bound, **summary, "elapsed_s": round(elapsed, 1)})
-    if night.failed:
-        shown = "; ".join(f"{name}: {why}" for name, why in islice(night.failed.items(), SHOWN_FAILURES))
-        raise FailedError(f"{len(night.failed)} units failed, the others are done: {shown}")
+            night = Night(asked, ledger, lease, stop, purify_units, tally)
+            night.run(source)
+            summary = night.summary(time.perf_counter() - started)
+            _check_failed(night.failed)
     return summary
+
+
+def about_run(
+    settings: PurifyCorpusSettings, bound: Mapping[str, Any], ledger: Ledger, lease: Lease
+) -> RunAbout:
+    """Return what the record of a run that begins now says of it."""
+    how = settings.model_dump(mode="json", include=TOLD)
+    return RunAbout.now(
+        lease.number,
+        input=bound["input"],
+        output=ledger.output,
+        bundle=settings.bundle,
+        settings={**bound, **how},
+        plan=read_plan(ledger.storage),
+    )
+
+
+def _check_failed(failed: Mapping[str, str]) -> None:
+    if failed:
+        shown = "; ".join(f"{name}: {why}" for name, why in islice(failed.items(), SHOWN_FAILURES))
+        raise FailedError(f"{len(failed)} units failed, the others are done: {shown}")
 
 
 class Pipelines:
@@ -206,10 +235,11 @@ class Pipelines:
     Args:
         settings: of the job.
         stop: listens again after Ray has taken the signal.
+        tally: of the run.
     """
 
-    def __init__(self, settings: PurifyCorpusSettings, stop: StopRequest) -> None:
-        self._settings, self._stop = settings, stop
+    def __init__(self, settings: PurifyCorpusSettings, stop: StopRequest, tally: RunTally) -> None:
+        self._settings, self._stop, self._tally = settings, stop, tally
         self._open = ExitStack()
         self._overseer: ActorHandle[Any] | None = None
 
@@ -233,7 +263,7 @@ class Pipelines:
         context.execution_no_progress_timeout_s = max(1800.0, 4 * settings.stage_timeout_s)
         pipeline = build_pipeline(settings, units, writer, shares, self._overseer)
         limits = Limits(settings.stage_timeout_s, settings.min_free_bytes)
-        yield from run_wave(pipeline, self._overseer, storage, self._stop, limits)
+        yield from run_wave(pipeline, self._overseer, storage, self._stop, limits, self._tally)
 
 
 def deciding_settings(settings: PurifyCorpusSettings) -> dict[str, Any]:

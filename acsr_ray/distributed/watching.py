@@ -14,6 +14,7 @@ from acsr_ray.columns import FAILED, UNIT
 from acsr_ray.config import AcsrError, FailedError
 from acsr_ray.corpus.attempts import Orders
 from acsr_ray.corpus.containers import ContainerError
+from acsr_ray.corpus.facts import facts_in, with_facts, without_facts
 from acsr_ray.corpus.ledger import LateAttemptError
 from acsr_ray.corpus.units import ShardChangedError, Unit
 from acsr_ray.distributed.blocks import Stage, StageChain, chain_name
@@ -25,6 +26,7 @@ from acsr_ray.purification.failures import (
     failed_unit,
     refuse_rows,
 )
+from acsr_ray.purification.metering import Meter
 from acsr_ray.purification.stages import UnitTooLargeError
 from acsr_ray.storage import StorageError
 
@@ -67,6 +69,7 @@ class WatchedChain(StageChain):
 
     def __init__(self, stages: Sequence[Stage], watch: Watch) -> None:
         self.watch = watch
+        self.meter = Meter()
         self.name = chain_name(stages)
         check_environment()
         if not ray.get(watch.overseer.starting.remote(self.name, watch.actors)):
@@ -86,6 +89,11 @@ class WatchedChain(StageChain):
         """Pass a unit through all stages; a unit that failed before, or fails here, becomes one row."""
         if FAILED in table.column_names:
             return table
+        before, table = facts_in(table), without_facts(table)
+        answer = self._answer(table)
+        return with_facts(answer, before + facts_in(answer) + self.meter.read())
+
+    def _answer(self, table: pa.Table) -> pa.Table:
         text = table[UNIT][0].as_py()
         unit = Unit.from_json(text)
         name = unit.output_name(self.watch.fingerprint)
@@ -117,17 +125,22 @@ class WatchedChain(StageChain):
         finally:
             ray.get(overseer.end.remote(self.name, name))
 
+    def _apply(self, table: pa.Table) -> pa.Table:
+        for stage in self.stages:
+            table = self.meter.call(stage, table)
+        return table
+
     def _work(self, table: pa.Table, name: str, orders: Orders) -> pa.Table:
         if not self.watch.divisible:
-            return super().__call__(table)
+            return self._apply(table)
         table = refuse_rows(table, orders.poison)
         if not orders.parts:
-            return apply_by_halves(super().__call__, table)
+            return apply_by_halves(self._apply, table)
         done = []
         for first, behind in orders.parts:
             ray.get(self.watch.overseer.narrow.remote(self.name, name, first, behind))
             part = table.slice(first, behind - first)
-            done.append((first, apply_by_halves(super().__call__, part)))
+            done.append((first, apply_by_halves(self._apply, part)))
         return pa.concat_tables([part for _, part in sorted(done, key=lambda item: item[0])])
 
 

@@ -17,6 +17,7 @@ from ray.data import Dataset
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from acsr_ray.config import FailedError, ResumableStop
+from acsr_ray.corpus.run_record import RunTally
 from acsr_ray.corpus.stopping import StopRequest
 from acsr_ray.distributed.runtime import draining_nodes, node_resources
 from acsr_ray.storage import Storage, StorageError
@@ -29,6 +30,8 @@ LOOK_S = 1.0
 SPACE_S = 10.0
 SILENT_S = 20.0
 """So long, or the stage timeout where that is longer, may a worker give no sign of life."""
+ANSWER_S = 5.0
+"""How long the overseer is waited for where its answer is only for the record."""
 STRANDED_S = 30.0
 """So long may nothing happen after a node was lost, before what is left is shared out anew."""
 STORE_FULL = (ray.exceptions.OutOfDiskError, ray.exceptions.ObjectStoreFullError)
@@ -50,6 +53,7 @@ def run_wave(
     storage: Storage,
     stop: StopRequest,
     limits: Limits,
+    tally: RunTally,
 ) -> Iterator[pa.Table]:
     """Yield the pipeline's tables as they come, and look after it meanwhile.
 
@@ -59,6 +63,7 @@ def run_wave(
         storage: of the output.
         stop: when made, nothing new is begun; when overdue, this ends without the rest.
         limits: when to step in.
+        tally: hears of units that lost their worker.
 
     Raises:
         FailedError: a stage that cannot start, or code that fails.
@@ -66,12 +71,13 @@ def run_wave(
     """
     results: queue.Queue[pa.Table | BaseException | None] = queue.Queue()
     threading.Thread(target=_pull, args=(pipeline, results), daemon=True, name="wave").start()
-    keeper = _Keeper(overseer, storage, stop, limits)
+    keeper = _Keeper(overseer, storage, stop, limits, tally)
     while not stop.is_overdue:
         item: pa.Table | BaseException | None = NOTHING
         with contextlib.suppress(queue.Empty):
             item = results.get(timeout=TICK_S)
         if item is None:
+            keeper.count_falls()
             return
         if isinstance(item, BaseException):
             raise _explained(item) from item
@@ -113,10 +119,15 @@ def _pull(pipeline: Dataset, results: "queue.Queue[pa.Table | BaseException | No
 
 class _Keeper:
     def __init__(
-        self, overseer: "ActorHandle[Any]", storage: Storage, stop: StopRequest, limits: Limits
+        self,
+        overseer: "ActorHandle[Any]",
+        storage: Storage,
+        stop: StopRequest,
+        limits: Limits,
+        tally: RunTally,
     ) -> None:
         self._overseer: Any = overseer
-        self._storage, self._stop, self._limits = storage, stop, limits
+        self._storage, self._stop, self._limits, self._tally = storage, stop, limits, tally
         self._looked = self._measured = -1e9
         self._began = time.monotonic()
         self._told = False
@@ -135,7 +146,12 @@ class _Keeper:
             self._look()
         if now - self._measured > SPACE_S:
             self._measured = now
+            self.count_falls()
             check_room(self._storage, self._limits.min_free_bytes)
+
+    def count_falls(self) -> None:
+        with contextlib.suppress(ray.exceptions.RayError):
+            self._tally.fallen(ray.get(self._overseer.falls.remote(), timeout=ANSWER_S))
 
     def _look(self) -> None:
         drained = draining_nodes()

@@ -36,6 +36,7 @@ class PurifyWithDoubt:
 
     def __init__(self, purify: dict[str, Any], doubt: str, target: str | None) -> None:
         self.purify = PurifyImages(**purify)
+        self.batch_size = self.purify.batch_size
         self.model, self.judge = load_checked(doubt, target, purify["bundle"], self.purify.purifier)
 
     @torch.inference_mode()

@@ -39,6 +39,7 @@ from acsr_ray.columns import (
     UNIT,
     WIDTH,
 )
+from acsr_ray.corpus.facts import outcome_facts, with_facts
 from acsr_ray.corpus.images import (
     DecodeLimits,
     ImageError,
@@ -49,7 +50,7 @@ from acsr_ray.corpus.images import (
 )
 from acsr_ray.corpus.isolated import DEFAULT_DECODER, DecoderSettings, IsolatedDecoder
 from acsr_ray.corpus.labelled import image_bytes
-from acsr_ray.corpus.ledger import Ledger
+from acsr_ray.corpus.ledger import Ledger, counts
 from acsr_ray.corpus.sources import CorpusError
 from acsr_ray.corpus.units import Unit, read_unit
 from acsr_ray.purification.options import PurifyOptions
@@ -262,7 +263,7 @@ class PurifyImages:
 
 
 class WriteUnits:
-    """Encode PNG and publish the unit.  Reads everything.  Gives one row per unit: name, receipt as JSON.
+    """Encode PNG and publish the unit.  Reads everything.  Gives a row: name, receipt and FACTS as JSON.
 
     Args:
         output: the output folder.
@@ -325,8 +326,11 @@ class WriteUnits:
             first=unit.first,
             lease=self.lease,
         )
+        if (receipt.statuses, receipt.reasons) != counts(outcome):
+            # An earlier attempt was first, and had refused other rows: what it published is what counts.
+            outcome = self.ledger.outcome(name)
         told = {"name": receipt.name, "rows": receipt.rows, "receipt": json.dumps(asdict(receipt))}
-        return pa.table({key: [value] for key, value in told.items()})
+        return with_facts(pa.table({key: [value] for key, value in told.items()}), outcome_facts(outcome))
 
     def _quarantine(self, table: pa.Table, unit: Unit) -> pa.Table:
         rows = [i for i, status in enumerate(table[STATUS].to_pylist()) if status == QUARANTINED]
@@ -358,11 +362,16 @@ def batches_by_size(table: pa.Table, batch_size: int) -> Iterator[tuple[list[int
         if pixels is not None:
             groups.setdefault((height, width), []).append((row, pixels))
     for (height, width), members in groups.items():
-        step = max(1, min(batch_size, BATCH_PIXELS // (height * width)))
+        step = rows_per_call(height, width, batch_size)
         for start in range(0, len(members), step):
             part = members[start : start + step]
             stacked = np.stack([_array(pixels, height, width) for _, pixels in part])
             yield [row for row, _ in part], torch.from_numpy(to_unit_range(stacked))
+
+
+def rows_per_call(height: int, width: int, batch_size: int) -> int:
+    """Return the most images of a size that `batches_by_size` puts in one batch."""
+    return max(1, min(batch_size, BATCH_PIXELS // (height * width)))
 
 
 def replace_bytes(column: pa.ChunkedArray, encoded: Sequence[bytes | None]) -> pa.Array:

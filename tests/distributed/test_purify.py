@@ -1,6 +1,7 @@
 """The pipeline on Ray: every row once and in order, the same bytes however it is run, kill and resume."""
 
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -58,6 +59,28 @@ def settings(source: Path, output: Path, bundle: Path, **changes: object) -> Pur
 
 def read_output(output: Path) -> pa.Table:
     return pa.concat_tables(pq.read_table(path) for path in sorted((output / "data").glob("*.parquet")))
+
+
+def records(output: Path) -> list[dict]:
+    """Return the records of an output's runs, oldest first."""
+    return [json.loads(path.read_text()) for path in sorted(output.glob("_acsr/runs/*/record.json"))]
+
+
+def check_record(record: dict, rows: pa.Table) -> None:
+    """Check that a record counts what the columns of the rows that its run made hold."""
+    frame = rows.to_pandas()
+    assert record["images"] == len(frame)
+    assert record["statuses"] == frame.acsr_status.value_counts().to_dict()
+    assert record["reasons"] == frame.acsr_reason.value_counts().to_dict()
+    there = frame.dropna(subset=["acsr_class"]).astype({"acsr_class": int, "acsr_cluster": int})
+    names = there.acsr_class.astype(str) + "/" + there.acsr_cluster.astype(str)
+    assert record["clusters"] == names.value_counts().to_dict()
+    for name in ("residual", "distance"):
+        edges, counts = record[name]["edges"], record[name]["counts"]
+        values = rows[f"acsr_{name}"].drop_null().to_numpy().astype(np.float64)
+        values = np.minimum(values, np.nextafter(edges[-1], 0))
+        assert counts == np.histogram(values, edges)[0].tolist(), name
+    assert record["timeline"][-1][1] == len(frame)
 
 
 def image_digests(output: Path) -> list[str]:
@@ -213,7 +236,10 @@ def test_damaged_rows_are_quarantined_and_the_rest_is_done(tmp_path, tiny_bundle
     for row, data in damage.items():
         cells[row] = {"bytes": data, "path": cells[row]["path"]}
     pq.write_table(table.set_column(1, "image", pa.array(cells, table.schema.field("image").type)), source)
-    summary = purify_corpus(settings(source, tmp_path / "out", tiny_bundle))
+    plan = {"schema_version": 1, "images": 24}
+    (tmp_path / "out" / "_acsr").mkdir(parents=True)
+    (tmp_path / "out" / "_acsr" / "plan.json").write_text(json.dumps(plan))
+    summary = purify_corpus(settings(source, tmp_path / "out", tiny_bundle, batch_size=8))
     assert summary["statuses"] == {"purified": 20, "quarantined": 4}
     assert summary["quarantined"] == {
         "decode_error": 1,
@@ -231,6 +257,31 @@ def test_damaged_rows_are_quarantined_and_the_rest_is_done(tmp_path, tiny_bundle
         pq.read_table(path) for path in sorted((tmp_path / "out/_acsr/quarantine").glob("*.parquet"))
     ).to_pylist()
     assert {row["row"]: row["bytes"] for row in kept} == damage
+
+    (record,) = records(tmp_path / "out")
+    check_record(record, read_output(tmp_path / "out"))
+    assert record["corpus"] == {key: summary[key] for key in ("images", "statuses", "quarantined")}
+    assert (record["outcome"], record["detail"], record["units"], record["retries"]) == ("done", "", 2, 0)
+    assert record["plan"] == plan
+    assert (record["input"], record["output"]) == (str(source), str(tmp_path / "out"))
+    assert record["settings"]["unit_rows"] == 20
+    assert record["settings"]["batch_size"] == 8
+    # 16 decoded rows of the first unit in two batches, four of the second in one; encoder and solver.
+    assert record["batch_fill"] == round(20 / 24, 4)
+    assert record["stage_seconds"].keys() == {
+        *("ReadUnits", "DecodeImages", "EncodeImages", "SelectClusters", "PurifyImages", "WriteUnits")
+    }
+    assert 0 < sum(record["stage_seconds"].values()) < 4 * record["elapsed_s"]
+    assert set(record["unit_names"]) == {path.name for path in (tmp_path / "out/data").iterdir()}
+    progress = json.loads((tmp_path / "out/_acsr/progress.json").read_text())
+    assert (progress["outcome"], progress["images_done"], progress["images_planned"]) == ("done", 24, 24)
+    assert (progress["run"], progress["quarantined"]) == (record["run"], 4)
+
+    # A run that has nothing to do has a record of its own.
+    purify_corpus(settings(source, tmp_path / "out", tiny_bundle))
+    first, second = records(tmp_path / "out")
+    assert first == record
+    assert (second["outcome"], second["images"], second["corpus"]) == ("done", 0, first["corpus"])
 
 
 def test_other_settings_over_an_output_are_refused(tmp_path, tiny_bundle, ray_local):
@@ -298,6 +349,13 @@ def test_a_killed_driver_is_resumed_without_loss_or_repetition(tmp_path, tiny_bu
     now = {path.name: path.stat().st_ino for path in (output / "data").glob("*.parquet")}
     assert {name: now[name] for name in done} == done, "a finished unit was written again"
     assert not list((output / "_acsr" / "staging").glob("*"))
+    killed, resumed = records(output)
+    assert (killed["outcome"], resumed["outcome"]) == ("running", "done")
+    assert resumed["units"] == len(now) - len(done)
+    check_record(
+        resumed, pa.concat_tables(pq.read_table(output / "data" / name) for name in now.keys() - done)
+    )
+    assert resumed["corpus"]["images"] == 120
 
 
 @pytest.mark.slow

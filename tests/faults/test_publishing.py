@@ -32,6 +32,9 @@ POINTS = (
     "snapshot staged",
     "snapshot linked",
     "snapshot removed",
+    "progress told",
+    "record begun",
+    "record staged",
     "reported",
 )
 REPLACING = ("staged", "linked", "snapshot linked", "superseded removed", "parked half moved", "parked moved")
@@ -104,7 +107,8 @@ def expected(source, tmp_path_factory):
 @pytest.mark.parametrize("point", cut(POINTS, ("linked", "snapshot linked")))
 def test_killed_at_a_point_and_resumed(source, expected, tmp_path, point):
     output = tmp_path / "out"
-    count = {"staged": 5, "linked": 6, "published": 7, "quarantined": 5, "before snapshot": 3}.get(point, 1)
+    counts = {"staged": 5, "linked": 6, "published": 7, "quarantined": 5, "before snapshot": 3, "reported": 2}
+    count = counts.get(point, 1)
     job = start(source, output, tmp_path / "counter", kill_at={"point": point, "count": count})
     assert job.wait(60) == -signal.SIGKILL, "the point was passed"
     before = identities(output) if (output / "data").exists() else {}

@@ -39,6 +39,9 @@ POINTS: dict[str, tuple[str, str, str]] = {
     "parked half moved": ("link", r"/data/", "after"),
     "parked moved": ("move", r"", "after"),
     "snapshot removed": ("remove", r"_acsr/snapshots/", "after"),
+    "progress told": ("write", r"_acsr/progress", "after"),
+    "record begun": ("write", r"_acsr/runs/", "after"),
+    "record staged": ("replace", r"record\.json", "before"),
     "reported": ("write", r"_acsr/runs/", "after"),
 }
 
@@ -106,7 +109,9 @@ def _at_point(fault: dict[str, Any], deed: Callable[[], None]) -> None:
 
     from acsr_ray.storage import DiskStorage
 
-    if operation == "link":
+    if operation == "replace":
+        Path.replace = around(Path.replace, lambda source, target: str(target))  # type: ignore[method-assign]
+    elif operation == "link":
         os.link = around(os.link, lambda source, target: str(target))
     else:
         setattr(DiskStorage, operation, around(getattr(DiskStorage, operation), lambda _, name, *rest: name))

@@ -24,6 +24,8 @@ from acsr_ray.corpus.changes import list_corpus
 from acsr_ray.corpus.lease import Lease
 from acsr_ray.corpus.ledger import Ledger
 from acsr_ray.corpus.night import Night, NightSettings
+from acsr_ray.corpus.observing import ObservedRun
+from acsr_ray.corpus.run_record import RunAbout, RunTally
 from acsr_ray.corpus.stopping import stop_request
 from acsr_ray.corpus.units import Unit, UnitPlan, read_unit
 from acsr_ray.storage import patiently
@@ -63,10 +65,12 @@ def main(source: str, output: str) -> None:
                 yield pa.table({key: [value] for key, value in told.items()})
 
         settings = NightSettings(UnitPlan(unit_rows=10), FINGERPRINT, wave_units=2)
-        night = Night(settings, ledger, lease, stop, publish)
-        night.run(list_corpus(source))
+        tally = RunTally()
+        about = RunAbout.now(lease.number, input=source, output=output, bundle="none", settings={})
+        with ObservedRun(about, tally, ledger.storage, is_ours=lambda: not lease.is_lost):
+            night = Night(settings, ledger, lease, stop, publish, tally)
+            night.run(list_corpus(source))
         summary = night.summary(1.0)
-        ledger.report(summary)
     print(json.dumps(summary))
 
 
