@@ -2,10 +2,12 @@
 
 A settings file has one section per job, named like the job (`train_baseline:`, `purify_corpus:`), so one
 file describes a whole run. Flags given on the command line win over the file. An unknown key, in the
-file or on the command line, is an error that suggests the nearest known one.
+file or on the command line, is an error that suggests the nearest known one. Verbs that are about a
+purification have no section of their own: they read that of `purify_corpus`.
 """
 
 import difflib
+import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,6 +35,7 @@ JOBS = (
     "compare_attacks",
     "sweep_attacks",
     "purify_corpus",
+    "repurify_nightly",
     "benchmark",
 )
 """Names of the jobs, which are the sections a settings file may have, in the order they run."""
@@ -51,10 +54,28 @@ RESOURCES = {"task_cpus", "task_gpus"}
 
 
 class JobSettings(Settings):
-    """Base of every job's settings: adds the settings file."""
+    """Base of every job's and verb's settings: adds the settings file."""
+
+    sections: ClassVar[tuple[str, ...]] = ()
+    """Sections of a settings file that are read, the last one winning; empty: the one named like the job."""
+    borrows: ClassVar[bool] = False
+    """Whether keys of those sections that are settings of the job they belong to alone are passed over."""
 
     config: Path | None = None
     """YAML file with one section per job; flags given on the command line override it."""
+
+    @classmethod
+    def standing(cls, given: Sequence[str]) -> Mapping[str, Any]:
+        """Return settings that hold unless the file or a flag says otherwise, such as those of an output.
+
+        Args:
+            given: flags of the file and of the command line.
+        """
+        return {}
+
+    def render(self, summary: Mapping[str, Any]) -> str | None:
+        """Return what people are shown of a summary; None: each key on a line of its own."""
+        return None
 
     def deciding(self) -> dict[str, Any]:
         """Return the settings that decide what the job makes, as JSON values, for manifests."""
@@ -99,6 +120,12 @@ class ConfigError(AcsrError, ValueError):
 
 JobT = TypeVar("JobT", bound=JobSettings)
 
+EPILOGUE = """
+With --json, stdout is one JSON object: the summary, or {"error", "exit_code"}; logs go to stderr.
+Exit codes: 0 done; 75 stopped cleanly before the end, the same command goes on; 2 settings, input or
+environment that cannot work; 1 failed."""
+"""What every help ends with."""
+
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:
     """Return `", did you mean 'x'?"` for the nearest known name, or the list of known names."""
@@ -106,28 +133,51 @@ def did_you_mean(name: str, known: Sequence[str]) -> str:
     return f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
 
 
-def parse_job(job: type[JobT], section: str, args: Sequence[str] | None = None) -> JobT:
+def parse_job(
+    job: type[JobT], section: str, args: Sequence[str] | None = None, *, prog: str | None = None
+) -> JobT:
     """Read a job's settings from its YAML section and the command line; exit 2 on a bad one.
 
     Args:
         job: the job's settings model; its docstring is the description shown by `--help`.
-        section: name of the job's section in the settings file.
+        section: name of the job's section in the settings file, unless the model names others.
         args: command line without the program name; `sys.argv[1:]` when omitted.
+        prog: what the program is called in its help; `SECTION.py` when omitted.
     """
     given = list(sys.argv[1:] if args is None else args)
     try:
         _check_flags(job, given)
         path = _config_path(given)
-        from_file = _flags_from(path, job, section) if path else []
-    except ConfigError as error:
+        told = [flag for name in job.sections or (section,) for flag in _flags_from(path, job, name)]
+        told += given
+        if not {"--help", "-h"} & set(given):
+            told = [*_flags_of(job, job.standing(told)), *told]
+    except AcsrError as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    return tyro.cli(job, args=[*from_file, *given], prog=f"{section}.py")
+        raise SystemExit(error.exit_code) from None
+    description = f"{inspect.getdoc(job)}\n{EPILOGUE}"
+    return tyro.cli(job, args=told, prog=prog or f"{section}.py", description=description)
 
 
-def _flags_from(path: Path, job: type[JobSettings], section: str) -> list[str]:
+def last_value(flags: Sequence[str], name: str) -> str | None:
+    """Return what a flag such as `--output` is given last, None where it is not there."""
+    value = None
+    for token, following in zip(flags, [*flags, None][1:], strict=True):
+        if token == name and following is not None:
+            value = following
+        elif token.startswith(f"{name}="):
+            value = token.split("=", 1)[1]
+    return value
+
+
+def _flags_from(path: Path | None, job: type[JobSettings], section: str) -> list[str]:
+    if path is None:
+        return []
     try:
-        return _flags_of(job, load_section(path, section))
+        values = load_section(path, section)
+        if job.borrows:
+            values = {key: value for key, value in values.items() if key in job.model_fields}
+        return _flags_of(job, values)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
@@ -149,12 +199,8 @@ def load_section(path: Path, section: str) -> dict[str, Any]:
 
 
 def _config_path(args: Sequence[str]) -> Path | None:
-    for position, token in enumerate(args):
-        if token == "--config" and position + 1 < len(args):
-            return Path(args[position + 1])
-        if token.startswith("--config="):
-            return Path(token.split("=", 1)[1])
-    return None
+    path = last_value(args, "--config")
+    return None if path is None else Path(path)
 
 
 def _field_settings(annotation: Any) -> type[Settings] | None:  # noqa: ANN401
@@ -182,7 +228,7 @@ def _flag_names(model: type[Settings], prefix: str = "") -> Iterator[str]:
 
 
 def _check_flags(job: type[JobSettings], args: Sequence[str]) -> None:
-    known = [*_flag_names(job), "--help"]
+    known = [*_flag_names(job), "--help", "--json"]
     for token in args:
         flag = token.split("=", 1)[0].replace("_", "-")
         if flag.startswith("--") and flag not in known:

@@ -15,6 +15,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable
+from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -72,6 +73,9 @@ class Storage(Protocol):
 
     def names(self, folder: str) -> dict[str, int]:
         """Return the files below a folder, relative to it, and their sizes."""
+
+    def age_s(self, name: str) -> float | None:
+        """Return seconds since a file was written, by this machine's clock; None where there is no file."""
 
     def sweep(self) -> None:
         """Remove what interrupted writers left."""
@@ -241,6 +245,18 @@ class DiskStorage:
 
         return patiently(walk, f"listing {top}")
 
+    def age_s(self, name: str) -> float | None:
+        """Look at the file's time."""
+        path = self._root / name
+
+        def attempt() -> float | None:
+            try:
+                return time.time() - path.stat().st_mtime
+            except FileNotFoundError:
+                return None
+
+        return patiently(attempt, f"looking at {path}")
+
     def sweep(self) -> None:
         """Empty the staging folder."""
         for name in self.names(self.STAGING):
@@ -376,6 +392,19 @@ class ObjectStorage:
             return {path[len(top) + 1 :]: info["size"] for path, info in found.items()}
 
         return patiently(attempt, f"listing {self.root}/{folder}")
+
+    def age_s(self, name: str) -> float | None:
+        """Ask for the object's time."""
+        path = self._path(name)
+
+        def attempt() -> float | None:
+            try:
+                written: datetime = self._fs.modified(path)
+            except FileNotFoundError:
+                return None
+            return (datetime.now(tz=written.tzinfo) - written).total_seconds()
+
+        return patiently(attempt, f"looking at {self.root}/{name}")
 
     def sweep(self) -> None:
         """Do nothing: an object is there as a whole, or not at all."""

@@ -19,6 +19,7 @@ LAYERS = (
     ("distributed",),
     ("benchmark",),
     ("demo",),
+    ("operations",),
     ("cli",),
     ("jobs",),
 )

@@ -59,7 +59,7 @@ class BenchmarkSettings(JobSettings):
     """Images of a night."""
     night_hours: float = Field(8.0, gt=0)
     """Hours of a night."""
-    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None
+    json_file: Path | None = None
     """Also write everything measured to this file, as JSON."""
 
 

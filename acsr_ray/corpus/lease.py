@@ -16,7 +16,7 @@ import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from acsr_ray.config import FailedError
 from acsr_ray.corpus.sources import CorpusError
@@ -164,6 +164,40 @@ class Lease:
                 return False
             time.sleep(min(0.5, self._stale_s / 10))
         return True
+
+
+@dataclass(frozen=True)
+class LeaseState:
+    """Who took an output last, and what is known of it from outside."""
+
+    number: int
+    holder: Holder | None
+    released: bool
+    beat_age_s: float | None
+    """Seconds since the last beat, by this machine's clock."""
+
+    @property
+    def lives(self) -> bool:
+        """Whether it seems to be at work: not given back, not dead here, and a beat that is not old."""
+        if self.released or (self.holder is not None and self.holder.is_gone()):
+            return False
+        return self.beat_age_s is not None and self.beat_age_s < STALE_S
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON value, without what only the holder itself has a use for."""
+        told = ("host", "pid", "since")
+        who = {} if self.holder is None else {key: getattr(self.holder, key) for key in told}
+        age = None if self.beat_age_s is None else round(self.beat_age_s, 1)
+        return {"lives": self.lives, "released": self.released, "beat_age_s": age, **who}
+
+
+def look(storage: Storage) -> LeaseState | None:
+    """Return the state of an output's last lease, None where there was none; takes and waits for nothing."""
+    number = current(storage)
+    if not number:
+        return None
+    released = _beat_of(storage, number) == RELEASED
+    return LeaseState(number, _holder(storage, number), released, storage.age_s(_file(number, "beat")))
 
 
 def holds(storage: Storage, number: int) -> bool:

@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from acsr_ray.columns import OUTCOME, QUARANTINED, REASON, STATUS
 from acsr_ray.config import ResumableStop
+from acsr_ray.corpus.binding import Binding, read_json, write_json
 from acsr_ray.corpus.lease import holds
 from acsr_ray.corpus.snapshot import Receipt, Snapshot
 from acsr_ray.corpus.sources import CorpusError
@@ -34,10 +35,7 @@ DATA, READY, QUARANTINE, SNAPSHOTS, ATTEMPTS = (
     "_acsr/snapshots",
     "_acsr/attempts",
 )
-RUN, BUNDLE = "_acsr/run.json", "_acsr/bundle.json"
 KEPT_SNAPSHOTS = 3
-SHOWN_CHANGES = 12
-
 
 Check = Callable[[], None]
 
@@ -63,6 +61,7 @@ class Ledger:
     def __init__(self, output: str) -> None:
         self.storage = open_storage(output)
         self.output = self.storage.root
+        self.binding = Binding(self.storage)
 
     def check(
         self,
@@ -71,41 +70,12 @@ class Ledger:
         *,
         anew: bool = False,
     ) -> None:
-        """Refuse an output that was begun with other settings, or is not ours; writes nothing.
-
-        Args:
-            settings: what decides the output.
-            bundle: manifest of the bundle, to tell what differs in it.
-            anew: whether other settings will do; what is not ours never will.
-
-        Raises:
-            CorpusError: naming what differs.
-        """
-        before = self._read_json(RUN)
-        if before is not None:
-            changed = _differences(before, settings)
-            if anew or not changed:
-                return
-            if "bundle_digest" in changed and bundle is not None:
-                inside = _differences(self._read_json(BUNDLE) or {}, bundle)
-                changed |= {f"bundle: {key}": pair for key, pair in inside.items()}
-            lines = [f"\n  {key}: {old!r} -> {new!r}" for key, (old, new) in changed.items()]
-            if len(lines) > SHOWN_CHANGES:
-                lines[SHOWN_CHANGES:] = [f"\n  and {len(lines) - SHOWN_CHANGES} more"]
-            raise CorpusError(
-                f"output {self.output} was made with other settings; use another --output, or --anew to "
-                "purify all of it again and then replace what is there:" + "".join(lines)
-            )
-        if self.storage.names(DATA):
-            raise CorpusError(f"{self.output}/{DATA} holds files that no purification here wrote")
+        """Refuse an output that was begun with other settings, or is not ours; see `Binding.check`."""
+        self.binding.check(settings, bundle, anew=anew)
 
     def claim(self, settings: Mapping[str, Any], bundle: Mapping[str, Any] | None = None) -> None:
         """Bind the output to the settings that decide its content; whoever calls has checked them."""
-        before = self._read_json(RUN)
-        if before is None or _differences(before, settings):
-            if bundle is not None:
-                self._write_json(BUNDLE, bundle)
-            self._write_json(RUN, settings)
+        self.binding.claim(settings, bundle)
 
     def published(self) -> set[str]:
         """Return the names of the published units, relative to `data/`."""
@@ -246,28 +216,25 @@ class Ledger:
     def attempts(self) -> Iterator[dict[str, Any]]:
         """Yield the records of units that brought workers down in this run or an earlier one."""
         for name in self.storage.names(ATTEMPTS):
-            record = self._read_json(f"{ATTEMPTS}/{name}")
+            record = read_json(self.storage, f"{ATTEMPTS}/{name}")
             if record is not None:
                 yield record
 
+    def forget_attempts(self, units: Iterable[str]) -> None:
+        """Remove the records of units that are done."""
+        kept = self.storage.names(ATTEMPTS)
+        for file in {_attempt_file(unit) for unit in units}:
+            if file.removeprefix(f"{ATTEMPTS}/") in kept:
+                self.storage.remove(file)
+
     def write_attempt(self, unit: str, record: Mapping[str, Any]) -> None:
         """Keep the record of a unit that brought a worker down."""
-        self._write_json(_attempt_file(unit), record)
+        write_json(self.storage, _attempt_file(unit), record)
 
     def _snapshots(self) -> Sequence[int]:
         # Other programs leave files of their own in folders.
         found = (re.fullmatch(r"(\d{8})\.json", name) for name in self.storage.names(SNAPSHOTS))
         return sorted(int(match[1]) for match in found if match)
-
-    def _read_json(self, name: str) -> dict[str, Any] | None:
-        try:
-            content: dict[str, Any] = json.loads(self.storage.read(name))
-        except FileNotFoundError:
-            return None
-        return content
-
-    def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        self.storage.write(name, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def shard_of(name: str) -> str:
@@ -295,20 +262,6 @@ def _to_parquet(table: pa.Table) -> bytes:
     if (written.num_rows, written.schema.to_arrow_schema().names) != (table.num_rows, table.schema.names):
         raise OSError(f"a file of {written.num_rows} rows was written of a table of {table.num_rows}")
     return data
-
-
-def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return (before, after) of every value that differs, by its path."""
-    old, new = dict(_flat(before)), dict(_flat(after))
-    return {key: (old.get(key), new.get(key)) for key in sorted(old | new) if old.get(key) != new.get(key)}
-
-
-def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in content.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _refused(table: pa.Table) -> pa.Array:

@@ -11,7 +11,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -19,23 +19,19 @@ import pyarrow as pa
 
 from acsr_ray.columns import DETAIL, FACTS, FAILED, UNIT
 from acsr_ray.config import FailedError, ResumableStop
-from acsr_ray.corpus.changes import (
-    Refused,
-    ShardWork,
-    folder_work,
-    inspect_shard,
-    inspect_shards,
-    list_corpus,
-    unchanged,
-)
+from acsr_ray.corpus.agenda import Agenda
+from acsr_ray.corpus.agenda import NightSettings as NightSettings
+from acsr_ray.corpus.changes import Refused, ShardWork, inspect_shard, list_corpus
 from acsr_ray.corpus.facts import UnitFacts
 from acsr_ray.corpus.lease import Lease
 from acsr_ray.corpus.ledger import Ledger, shard_of
+from acsr_ray.corpus.removals import check_removed
+from acsr_ray.corpus.retrying import told_retry
 from acsr_ray.corpus.run_record import RunTally
 from acsr_ray.corpus.snapshot import Receipt, ShardEntry, Snapshot, total
 from acsr_ray.corpus.sources import CorpusError, ImageFolder, Shard
 from acsr_ray.corpus.stopping import StopRequest
-from acsr_ray.corpus.units import Unit, UnitPlan, limited
+from acsr_ray.corpus.units import Unit
 from acsr_ray.storage import StorageError
 
 logger = logging.getLogger(__name__)
@@ -48,16 +44,6 @@ SHOWN = 5
 
 PurifyUnits = Callable[[list[Unit], frozenset[str]], Iterable[pa.Table]]
 """From units, and the shards whose new units are parked, to one table per unit."""
-
-
-@dataclass(frozen=True)
-class NightSettings:
-    """What a run is asked for, apart from how units are purified."""
-
-    plan: UnitPlan
-    fingerprint: str
-    limit: int | None = None
-    wave_units: int = 2048
 
 
 class Night:
@@ -89,16 +75,19 @@ class Night:
         self.removed = 0
         """Shards that are in the output no more, because they left the input."""
         self.tally = tally or RunTally()
+        self.redone: list[tuple[Receipt, Receipt]] = []
+        """Receipts of the units that a retry did again: before, and now."""
         self._purify_units = purify_units
         self._snapshot = ledger.snapshot()
         self.tally.corpus = lambda: total(self._snapshot.receipts())
         # What a crash after the last commit left half done.
         ledger.settle(self._snapshot, lease.check)
         self._published = ledger.published()
-        self._finished = ledger.finished()
-        self._known = {receipt.name: receipt for receipt in self._snapshot.receipts()}
+        self._agenda = Agenda(settings, ledger, self._snapshot, ledger.finished())
         self._entries: dict[str, ShardEntry] = dict(self._snapshot.shards)
         self._open: dict[str, ShardWork] = {}
+        self._emptied: dict[str, ShardWork] = {}
+        """Shards that had rows and have none now: their rows go at the end, as those of removed shards."""
         self._stale: Counter[str] = Counter(shard_of(name) for name in self._published)
         self._seen: set[str] = set()
         self._hidden: set[str] = set()
@@ -117,12 +106,22 @@ class Night:
             ResumableStop: it was asked to stop, or storage failed; what was published is committed.
             FailedError: the work itself cannot go on.
         """
-        waiting = self._pending(self._works(source))
-        while wave := dict(islice(waiting, self.settings.wave_units)):
+        asked, agenda = self.settings, self._agenda
+        if asked.retry is None:
+            check_removed(self._snapshot.shards, source, asked.max_removed_share)
+        found = agenda.found(source, lambda count: self.tally.shards(count, asked.limit))
+        waiting = self._pending(agenda.limited(self._readable(found)))
+        while wave := dict(islice(waiting, asked.wave_units)):
             self._wave(wave)
+        self._seen |= agenda.passed
         if not self._seen and self.refused:
             reasons = list(self.refused.values())
             raise CorpusError("no shard can be read: " + "; ".join(reasons[:SHOWN]))
+        if asked.retry is not None:
+            self._finish_retry()
+            return
+        if self._emptied:
+            check_removed(self._snapshot.shards, source, asked.max_removed_share, list(self._emptied))
         self._finish()
         if not any(entry.receipts for entry in self._entries.values()) and not self.failed:
             raise CorpusError("the input has no rows")
@@ -144,26 +143,15 @@ class Night:
             "images/s": round(self._rows_done / elapsed_s, 1) if self._rows_done else 0.0,
             "output": f"{self.ledger.output}/data",
         }
-        extra = {"refused shards": self.refused, "failed units": self.failed, "removed shards": self.removed}
+        extra: dict[str, Any] = {
+            "refused shards": self.refused,
+            "failed units": self.failed,
+            "removed shards": self.removed,
+        }
+        if self.settings.retry is not None:
+            told["retry"] = told_retry(self.settings.retry, self.redone)
+            extra["changed shards left to the next run"] = self._agenda.left
         return told | {key: value for key, value in extra.items() if value}
-
-    def _works(self, source: list[Shard] | ImageFolder) -> Iterator[ShardWork]:
-        settings = self.settings
-        if isinstance(source, ImageFolder):
-            self.tally.shards(1, settings.limit)
-            yield from self._limited([folder_work(source, settings.plan, settings.fingerprint)])
-            return
-        changed = []
-        for shard in source:
-            entry = unchanged(shard, self._snapshot, settings.fingerprint) if settings.limit is None else None
-            if entry is not None and all(receipt.name in self._finished for receipt in entry.receipts):
-                self._seen.add(shard.relative)
-            else:
-                changed.append(shard)
-        logger.info("%d shards, %d of them as they were", len(source), len(source) - len(changed))
-        self.tally.shards(len(changed), settings.limit)
-        found = inspect_shards(changed, settings.plan, self._snapshot, settings.fingerprint)
-        yield from self._limited(self._readable(found))
 
     def _readable(self, found: Iterable[ShardWork | Refused]) -> Iterator[ShardWork]:
         for work in found:
@@ -174,41 +162,22 @@ class Night:
             else:
                 yield work
 
-    def _limited(self, works: Iterable[ShardWork]) -> Iterator[ShardWork]:
-        left = self.settings.limit
-        for work in works:
-            if left == 0:
-                return
-            if left is not None:
-                whole = len(work.units), sum(unit.num_rows for unit in work.units)
-                work.units = list(limited(work.units, left))
-                if whole != (len(work.units), sum(unit.num_rows for unit in work.units)):
-                    # A shard that was cut is not one that a later run may take as done.
-                    work.version = ""
-                left -= sum(unit.num_rows for unit in work.units)
-            yield work
-
     def _pending(self, works: Iterable[ShardWork]) -> Iterator[tuple[str, Unit]]:
         """Open each shard and yield its units that are not finished, by output name."""
         for work in works:
             self.tally.opened()
-            self._open[work.relative] = work
             self._seen.add(work.relative)
-            for name, unit in self._waiting(work, work.units):
+            if not self._agenda.settle(work):
+                continue
+            before = self._entries.get(work.relative)
+            if before is not None and before.receipts and not work.units:
+                self._emptied[work.relative] = work
+                continue
+            self._open[work.relative] = work
+            for name, unit in list(self._agenda.waiting(work, work.units)):
                 # A shard that changed in an earlier wave has other units by now.
                 if self._open.get(work.relative) is work:
                     yield name, unit
-
-    def _waiting(self, work: ShardWork, units: list[Unit]) -> list[tuple[str, Unit]]:
-        """Return those of a shard's units that are not finished, and take the receipts of the others."""
-        waiting = []
-        for unit in units:
-            name = unit.output_name(self.settings.fingerprint)
-            if name in self._finished:
-                work.receipts[name] = self._known.get(name) or self.ledger.receipt(name)
-            else:
-                waiting.append((name, unit))
-        return waiting
 
     def _wave(self, wave: dict[str, Unit]) -> None:
         logger.info("%d units of %d images", len(wave), sum(unit.num_rows for unit in wave.values()))
@@ -266,6 +235,7 @@ class Night:
         unit = wave.pop(receipt.name, None)
         if unit is None:
             return  # its shard changed meanwhile
+        receipt = replace(receipt, generation=unit.generation)
         self._open[relative].receipts[receipt.name] = receipt
         self._units_done += 1
         self._rows_done += receipt.rows
@@ -295,8 +265,17 @@ class Night:
                 del wave[name]
                 self.failed[name] = detail
                 self.tally.fail(name, detail)
+                self._keep_before(name, unit)
             else:
                 self.tally.again()
+
+    def _keep_before(self, name: str, unit: Unit) -> None:
+        """Let a unit that a retry could not do again stand as it was."""
+        if name in self._agenda.generations.replaced:
+            before, receipt = self._agenda.generations.replaced[name]
+            work = self._open[unit.relative]
+            work.units[work.units.index(unit)] = before
+            work.receipts[receipt.name] = receipt
 
     def _changed(self, wave: dict[str, Unit], unit: Unit, detail: str) -> None:
         """Plan a shard anew that is not what it was when it was listed."""
@@ -325,8 +304,8 @@ class Night:
         del wave[unit.output_name(self.settings.fingerprint)]
         work = self._open[unit.relative]
         at = work.units.index(unit)
-        work.units[at : at + 1] = unit.halves()
-        wave.update(self._waiting(work, work.units[at : at + 2]))
+        work.units[at : at + 1] = map(self._agenda.generations.current, unit.halves())
+        wave.update(self._agenda.waiting(work, work.units[at : at + 2]))
 
     def _drop(self, wave: dict[str, Unit], relative: str) -> None:
         for name in [name for name, unit in wave.items() if unit.relative == relative]:
@@ -343,23 +322,31 @@ class Night:
 
     def _commit(self) -> None:
         """Commit the shards that are complete now, and what there is of new ones."""
+        refused = {**(self._snapshot.refused if self.settings.retry else {}), **self.refused}
         for relative, work in list(self._open.items()):
             if work.is_complete:
                 self._entries[relative] = work.entry()
+                self._note_redone(work)
                 del self._open[relative]
             elif work.receipts and relative not in self._hidden:
                 before = self._entries.get(relative)
                 if before is None or not before.complete:
                     self._entries[relative] = work.entry()
-        changed = self._entries != self._snapshot.shards or self.refused != self._snapshot.refused
+        changed = self._entries != self._snapshot.shards or refused != self._snapshot.refused
         if not changed:
             return
         self.lease.check()
         number = self._snapshot.number + 1
-        self._snapshot = Snapshot(number, dict(self._entries), dict(self.refused))
+        self._snapshot = Snapshot(number, dict(self._entries), refused)
         self.ledger.commit(self._snapshot, self.lease.check)
         for entry in self._entries.values():
             self._published.update(receipt.name for receipt in entry.receipts)
+
+    def _note_redone(self, work: ShardWork) -> None:
+        replaced = self._agenda.generations.replaced
+        self.redone += [
+            (replaced[name][1], receipt) for name, receipt in work.receipts.items() if name in replaced
+        ]
 
     def _commit_after(self, error: Exception) -> None:
         try:
@@ -373,9 +360,16 @@ class Night:
         self.tally.removed(self.removed)
         for relative in gone:
             del self._entries[relative]
+        self._entries |= {relative: work.entry() for relative, work in self._emptied.items()}
         if gone:
             logger.warning("%d shards left the input: their output goes too", len(gone))
         self._commit()
         self.lease.check()
         pending = {name for work in self._open.values() for name in work.names}
         self.ledger.sweep(self._snapshot, pending, self.lease.check)
+
+    def _finish_retry(self) -> None:
+        """Commit; what is new, changed or gone, and what may be left over of it, is for the next run."""
+        self._commit()
+        self.lease.check()
+        self.ledger.forget_attempts({receipt.name for _, receipt in self.redone})

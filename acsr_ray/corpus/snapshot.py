@@ -12,7 +12,9 @@ from typing import Any
 
 from acsr_ray.corpus.sources import CorpusError
 
-VERSION = 2
+VERSION = 3
+READABLE = (2, VERSION)
+"""2 is of before retries: its receipts have no generation."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Receipt:
     """First row of the unit in its shard."""
     digest: str = ""
     """SHA-256 of the file."""
+    generation: int = 0
+    """Number of the retry that made it; 0: the first try."""
 
 
 @dataclass(frozen=True)
@@ -95,9 +99,9 @@ class Snapshot:
             CorpusError: it is of a later release.
         """
         content = json.loads(data)
-        if content.get("schema_version") != VERSION:
+        if content.get("schema_version") not in READABLE:
             raise CorpusError(
-                f"{name} has schema version {content.get('schema_version')}, expected {VERSION}"
+                f"{name} has schema version {content.get('schema_version')}, expected at most {VERSION}"
             )
         fields = content["unit_fields"]
         shards = {

@@ -16,6 +16,10 @@ GRACE_S = 18.0
 """How long units in flight have to be published; with committing and leaving Ray that is under 30 s."""
 
 
+class StopRequested(ResumableStop):
+    """The job was asked to stop from outside: nothing in it tries again."""
+
+
 class StopRequest:
     """Whether the job was asked to stop, and since when."""
 
@@ -35,7 +39,7 @@ class StopRequest:
     def check(self) -> None:
         """Raise `ResumableStop` if the job was asked to stop."""
         if self.is_made:
-            raise ResumableStop("stopped on request; the same command goes on from here")
+            raise StopRequested("stopped on request; the same command goes on from here")
 
     def listen(self) -> None:
         """Take SIGTERM, again after something else took it; only the main thread can."""

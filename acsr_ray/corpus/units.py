@@ -51,6 +51,8 @@ class Unit:
     """Names of an image folder's sub-folders."""
     version: str = ""
     """Size and time of the shard when it was planned; tells that `content` still holds without reading."""
+    generation: int = 0
+    """Number of the retry that asked for these rows again after they had been published; 0: none did."""
 
     @property
     def num_rows(self) -> int:
@@ -63,7 +65,9 @@ class Unit:
         Args:
             fingerprint: digest of the run's result-affecting settings.
         """
-        key = json_digest([fingerprint, self.relative, self.first, self.last, self.content])[:8]
+        parts = [fingerprint, self.relative, self.first, self.last, self.content]
+        # A retried unit stands beside the one it replaces until the snapshot lists it.
+        key = json_digest([*parts, self.generation] if self.generation else parts)[:8]
         return f"{self.relative}.rows-{self.first:07d}-{self.last:07d}.{key}.parquet"
 
     def halves(self) -> tuple["Unit", "Unit"]:

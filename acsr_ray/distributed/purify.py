@@ -25,6 +25,7 @@ from acsr_ray.corpus.lease import Lease
 from acsr_ray.corpus.ledger import Ledger
 from acsr_ray.corpus.night import Night, NightSettings
 from acsr_ray.corpus.observing import ObservedRun, read_plan
+from acsr_ray.corpus.retry_request import RetryRequest, named_as
 from acsr_ray.corpus.run_record import RunAbout, RunTally
 from acsr_ray.corpus.sources import CorpusError, ImageFolder, absolute_uri
 from acsr_ray.corpus.stopping import StopRequest, stop_request
@@ -114,6 +115,8 @@ class PurifyCorpusSettings(JobSettings):
     """Most units between two snapshots; bounds the driver's memory."""
     stage_timeout_s: float = Field(900.0, gt=0)
     """Seconds that a stage may work on one unit before its worker is taken for hung and killed."""
+    max_removed_share: float = Field(1.0, ge=0, le=1)
+    """Stop, and remove nothing, where more than this share of what was purified is no longer in the input."""
     min_free_megabytes: int = Field(256, ge=0)
     """Room that must be left on the output's disk; below it the job stops cleanly."""
     device: Device = "auto"
@@ -146,8 +149,12 @@ class PurifyCorpusSettings(JobSettings):
         )
 
 
-def purify_corpus(settings: PurifyCorpusSettings) -> dict[str, Any]:
+def purify_corpus(settings: PurifyCorpusSettings, retry: RetryRequest | None = None) -> dict[str, Any]:
     """Purify a corpus and return the closing summary.
+
+    Args:
+        settings: of the job.
+        retry: do units again that were done, and nothing that is new.
 
     Raises:
         CorpusError: input or output that cannot be used, or another run holds the output.
@@ -168,9 +175,22 @@ def purify_corpus(settings: PurifyCorpusSettings) -> dict[str, Any]:
     }
     load_bundle(settings.bundle).config.with_reconstruction(settings.reconstruction)
     manifest = json.loads((find_bundle(settings.bundle) / MANIFEST).read_bytes())
-    ledger.check(bound, manifest, anew=settings.anew)
+
+    def check() -> None:
+        if retry is None:
+            ledger.check(bound, manifest, anew=settings.anew)
+        else:
+            retry.check(ledger, bound)
+
+    check()
     check_there(settings.input)
-    asked = NightSettings(settings.plan, json_digest(deciding), settings.limit, settings.wave_units)
+    asked = NightSettings(
+        settings.plan,
+        json_digest(deciding),
+        settings.limit,
+        settings.wave_units,
+        settings.max_removed_share,
+    )
     started = time.perf_counter()
     tally = RunTally(RunMetrics())
     with (
@@ -181,14 +201,18 @@ def purify_corpus(settings: PurifyCorpusSettings) -> dict[str, Any]:
         check_room(ledger.storage, settings.min_free_bytes)
         ledger.storage.check_conditional()
         # Again, and listed only now: another run may have ended since.
-        ledger.check(bound, manifest, anew=settings.anew)
+        check()
         about = about_run(settings, bound, ledger, lease)
         with ObservedRun(about, tally, ledger.storage, is_ours=lambda: not lease.is_lost):
             source = list_corpus(settings.input)
             if isinstance(source, ImageFolder):
                 check_folder(source, settings.input, settings.image_column)
             stop.check()
-            ledger.claim(bound, manifest)
+            if retry is None:
+                ledger.claim(bound, manifest)
+                asked = named_as(ledger, asked)
+            else:
+                asked = retry.begin(ledger, asked, bound, deciding)
 
             def purify_units(units: list[Unit], parked: frozenset[str]) -> Iterator[pa.Table]:
                 writer = {
@@ -203,6 +227,8 @@ def purify_corpus(settings: PurifyCorpusSettings) -> dict[str, Any]:
 
             night = Night(asked, ledger, lease, stop, purify_units, tally)
             night.run(source)
+            if retry is not None:
+                retry.finish(ledger)
             summary = night.summary(time.perf_counter() - started)
             _check_failed(night.failed)
     return summary

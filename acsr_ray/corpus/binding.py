@@ -1,0 +1,135 @@
+"""What an output is bound to: the settings that decide its content, and the last order for a retry.
+
+All of it is one file, `_acsr/run.json`, so that settings and the order that follows from them change at once.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from acsr_ray.artifacts import json_digest
+from acsr_ray.corpus.retrying import RetryOrder
+from acsr_ray.corpus.sources import CorpusError
+from acsr_ray.storage import Storage
+
+RUN, BUNDLE, DATA = "_acsr/run.json", "_acsr/bundle.json", "data"
+NAMED_BY, RETRY = "named_by", "retry"
+"""Keys of `run.json` beside the settings: the fingerprint that names units where it is not that of the
+settings, and the order."""
+SHOWN_CHANGES = 12
+
+
+class Binding:
+    """The settings of one output.
+
+    Args:
+        storage: of the output.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+
+    def check(
+        self,
+        settings: Mapping[str, Any],
+        bundle: Mapping[str, Any] | None = None,
+        *,
+        anew: bool = False,
+    ) -> None:
+        """Refuse an output that was begun with other settings, or is not ours; writes nothing.
+
+        Args:
+            settings: what decides the output.
+            bundle: manifest of the bundle, to tell what differs in it.
+            anew: whether other settings will do; what is not ours never will.
+
+        Raises:
+            CorpusError: naming what differs.
+        """
+        before = self.settings()
+        if before is not None:
+            changed = differences(before, settings)
+            if anew or not changed:
+                return
+            if "bundle_digest" in changed and bundle is not None:
+                inside = differences(read_json(self._storage, BUNDLE) or {}, bundle)
+                changed |= {f"bundle: {key}": pair for key, pair in inside.items()}
+            lines = [f"\n  {key}: {old!r} -> {new!r}" for key, (old, new) in changed.items()]
+            if len(lines) > SHOWN_CHANGES:
+                lines[SHOWN_CHANGES:] = [f"\n  and {len(lines) - SHOWN_CHANGES} more"]
+            raise CorpusError(
+                f"output {self._storage.root} was made with other settings; use another --output, or --anew "
+                "to purify all of it again and then replace what is there:" + "".join(lines)
+            )
+        if self._storage.names(DATA):
+            raise CorpusError(f"{self._storage.root}/{DATA} holds files that no purification here wrote")
+
+    def claim(self, settings: Mapping[str, Any], bundle: Mapping[str, Any] | None = None) -> None:
+        """Bind the output to the settings that decide its content; whoever calls has checked them."""
+        before = self.settings()
+        if before is None or differences(before, settings):
+            if bundle is not None:
+                write_json(self._storage, BUNDLE, bundle)
+            # A name may never come to mean other rows than those it stood for.
+            named_by = self._run().get(NAMED_BY)
+            chained = {} if named_by is None else {NAMED_BY: json_digest([named_by, dict(settings)])}
+            write_json(self._storage, RUN, {**settings, **chained})
+
+    def settings(self) -> dict[str, Any] | None:
+        """Return the settings that the output is bound to, None where there are none yet."""
+        run = self._run()
+        return {key: value for key, value in run.items() if key not in (NAMED_BY, RETRY)} or None
+
+    def naming(self, fingerprint: str) -> str:
+        """Return the fingerprint that names the output's units.
+
+        Args:
+            fingerprint: of the settings that the output is bound to.
+        """
+        return str(self._run().get(NAMED_BY, fingerprint))
+
+    def retry_order(self) -> RetryOrder | None:
+        """Return the last order for a retry, None where there was none."""
+        order = self._run().get(RETRY)
+        return None if order is None else RetryOrder.from_dict(order)
+
+    def order_retry(self, order: RetryOrder, settings: Mapping[str, Any], fingerprint: str) -> None:
+        """Write down an order for a retry, and the settings that hold from now on, at once.
+
+        Args:
+            order: what is to be done, or was.
+            settings: what the output is bound to; they may accept more images than those before.
+            fingerprint: that names the output's units, which stays.
+        """
+        write_json(self._storage, RUN, {**settings, NAMED_BY: fingerprint, RETRY: order.to_dict()})
+
+    def _run(self) -> dict[str, Any]:
+        return read_json(self._storage, RUN) or {}
+
+
+def read_json(storage: Storage, name: str) -> dict[str, Any] | None:
+    """Return a JSON object of a storage, None where there is none."""
+    try:
+        content: dict[str, Any] = json.loads(storage.read(name))
+    except FileNotFoundError:
+        return None
+    return content
+
+
+def write_json(storage: Storage, name: str, content: Mapping[str, Any]) -> None:
+    """Write a JSON object to a storage, or replace it."""
+    storage.write(name, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return (before, after) of every value that differs, by its path."""
+    old, new = dict(_flat(before)), dict(_flat(after))
+    return {key: (old.get(key), new.get(key)) for key in sorted(old | new) if old.get(key) != new.get(key)}
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,1 @@
+"""What a platform team does with an output besides making it: look, check, do again, every night."""

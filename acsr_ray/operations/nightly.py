@@ -1,0 +1,209 @@
+"""The night's job: purify what is new or changed, forget what is gone, and say in one line how it went.
+
+Nothing here decides what is new: that is `purify_corpus`. This is what a scheduler needs around it: stops
+that can be resumed are resumed, an input that vanished empties no output, and the exit code is not 0 only
+where somebody has to look.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from acsr_ray.config import AcsrError, FailedError, ResumableStop
+from acsr_ray.corpus.changes import list_corpus
+from acsr_ray.corpus.lease import LeaseError
+from acsr_ray.corpus.ledger import Ledger
+from acsr_ray.corpus.snapshot import Snapshot, total
+from acsr_ray.corpus.sources import CorpusError, absolute_uri
+from acsr_ray.corpus.stopping import StopRequest, StopRequested, stop_request
+from acsr_ray.distributed.purify import PurifyCorpusSettings, purify_corpus
+from acsr_ray.operations.standing import completed, standing_for
+
+logger = logging.getLogger(__name__)
+
+SHOWN = 20
+COUNTS = ("new", "changed", "removed", "refused", "images", "quarantined")
+
+
+class RepurifyNightlySettings(PurifyCorpusSettings):
+    """Purify what is new or changed since the last night, remove what left the input; one summary line.
+
+    Settings are those of the output unless given, so that after the first night --output is enough.
+    """
+
+    sections: ClassVar[tuple[str, ...]] = ("purify_corpus", "repurify_nightly")
+
+    max_removed_share: float = Field(0.5, ge=0, le=1)
+    """Fail, and remove nothing, where more than this share of what was purified is no longer in the input."""
+    attempts: int = Field(3, ge=1)
+    """How often a stop that can be resumed is resumed before the job ends with 75."""
+    pause_s: float = Field(60.0, ge=0)
+    """Seconds before each further attempt."""
+    strict: bool = False
+    """Fail where a shard of the input cannot be read, even if others can."""
+
+    @classmethod
+    def standing(cls, given: Sequence[str]) -> Mapping[str, Any]:
+        """Return the settings of the output."""
+        return standing_for(given)
+
+    def render(self, summary: Mapping[str, Any]) -> str:
+        """Return the line for a scheduler's log."""
+        return told_night(summary)
+
+
+@dataclass
+class Attempts:
+    """How the night's runs ended."""
+
+    count: int = 0
+    outcome: str = "done"
+    error: str = ""
+    exit_code: int = 0
+    failed_units: dict[str, str] = field(default_factory=dict)
+
+    def end(self, outcome: str, error: AcsrError, exit_code: int) -> None:
+        """Note the end of the night."""
+        self.outcome, self.error, self.exit_code = outcome, str(error), exit_code
+
+
+def repurify_nightly(settings: RepurifyNightlySettings) -> dict[str, Any]:
+    """Spend a night and return its summary; where it did not end well, with `error` and `exit_code`.
+
+    Raises:
+        CorpusError: no output is named.
+    """
+    if settings.output is None:
+        raise CorpusError("--output is needed, and on the first night --input")
+    ledger, began = Ledger(absolute_uri(settings.output)), time.monotonic()
+    settings = completed(settings)
+    before = ledger.snapshot()
+    with stop_request() as stop:
+        attempts = _attempt(settings, before, stop)
+    after = ledger.snapshot()
+    night = compare(before, after)
+    refused = {uri: why for uri, why in after.refused.items()}
+    summary: dict[str, Any] = {
+        "outcome": attempts.outcome,
+        **night,
+        "refused": len(refused),
+        "refused_first": dict(list(refused.items())[:SHOWN]),
+        "attempts": attempts.count,
+        "seconds": round(time.monotonic() - began, 1),
+        "corpus": _corpus(after),
+        "output": ledger.output,
+    }
+    if night["removed"]:
+        shown = ", ".join(night["removed_first"])
+        logger.warning("%d shards left the input and the output: %s", night["removed"], shown)
+    _judge(settings, after, attempts)
+    if attempts.exit_code:
+        summary |= {"outcome": attempts.outcome, "error": attempts.error, "exit_code": attempts.exit_code}
+    return summary
+
+
+def compare(before: Snapshot, after: Snapshot) -> dict[str, Any]:
+    """Return what a night changed: shards new, changed and removed, and images and quarantined rows done.
+
+    Args:
+        before: the snapshot of the evening.
+        after: the one of the morning.
+    """
+    known = before.names()
+    done = {
+        relative: [receipt for receipt in entry.receipts if receipt.name not in known]
+        for relative, entry in after.shards.items()
+    }
+    fresh = [relative for relative, receipts in done.items() if receipts]
+    removed = sorted(before.shards.keys() - after.shards.keys())
+    sums = total(receipt for receipts in done.values() for receipt in receipts)
+    return {
+        "new": sum(relative not in before.shards for relative in fresh),
+        "changed": sum(relative in before.shards for relative in fresh),
+        "removed": len(removed),
+        "removed_first": removed[:SHOWN],
+        "images": sums["rows"],
+        "quarantined": sum(sums["quarantined"].values()),
+        "reasons": sums["quarantined"],
+    }
+
+
+def told_night(summary: Mapping[str, Any]) -> str:
+    """Return a night as one line of `key=value`."""
+    pairs = [f"{key}={summary[key]}" for key in ("outcome", *COUNTS, "seconds", "attempts")]
+    if "error" in summary:
+        pairs.append(f"detail={json.dumps(summary['error'].splitlines()[0])}")
+    return " ".join(["acsr_ray nightly", *pairs])
+
+
+def _attempt(settings: RepurifyNightlySettings, before: Snapshot, stop: StopRequest) -> Attempts:
+    """Run until the end, a failure, or the last attempt's stop."""
+    attempts = Attempts()
+    while True:
+        attempts.count += 1
+        try:
+            purify_corpus(settings)
+        except StopRequested as error:
+            attempts.end("stopped", error, ResumableStop.exit_code)
+        except (ResumableStop, LeaseError) as error:
+            attempts.end("stopped", error, ResumableStop.exit_code)
+            if attempts.count < settings.attempts and _pause(settings.pause_s, stop, error):
+                continue
+        except FailedError as error:
+            attempts.end("failed", error, FailedError.exit_code)
+        except AcsrError as error:
+            attempts.end("refused", error, error.exit_code)
+            if before.shards and _is_gone(settings.input):
+                told = f"the input is gone, and the output keeps what was purified of it: {error}"
+                attempts.end("failed", FailedError(told), FailedError.exit_code)
+        else:
+            return Attempts(attempts.count)
+        return attempts
+
+
+def _pause(seconds: float, stop: StopRequest, error: AcsrError) -> bool:
+    """Wait before another attempt; False where the job is asked to stop meanwhile."""
+    logger.warning("%s; trying again in %g s", error, seconds)
+    ends = time.monotonic() + seconds
+    while not stop.is_made and time.monotonic() < ends:
+        time.sleep(min(1.0, max(0.0, ends - time.monotonic())))
+    return not stop.is_made
+
+
+def _is_gone(location: str | None) -> bool:
+    """Return whether an input is not there, or holds nothing that could be purified."""
+    if location is None:
+        return False
+    try:
+        list_corpus(location)
+    except CorpusError:
+        return True
+    return False
+
+
+def _judge(settings: RepurifyNightlySettings, after: Snapshot, attempts: Attempts) -> None:
+    """Make a night that ended into a failed one where shards could not be read and that matters."""
+    refused = after.refused
+    if attempts.outcome != "done" or not refused:
+        return
+    uri, why = next(iter(refused.items()))
+    none_left = all(entry.uri in refused for entry in after.shards.values())
+    if none_left or settings.strict:
+        which = "no shard" if none_left else f"{len(refused)} shards"
+        error = FailedError(f"{which} of the input can{'' if none_left else 'not'} be read: {uri}: {why}")
+        attempts.end("failed", error, FailedError.exit_code)
+
+
+def _corpus(snapshot: Snapshot) -> dict[str, Any]:
+    sums = total(snapshot.receipts())
+    return {
+        "shards": len(snapshot.shards),
+        "images": sums["rows"],
+        "statuses": sums["statuses"],
+        "quarantined": sums["quarantined"],
+    }
