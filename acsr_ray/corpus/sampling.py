@@ -27,7 +27,7 @@ class Draw:
 
 
 def draw_sample(units: Sequence[Unit], images: int) -> list[Draw]:
-    """Choose about so many rows, spread evenly over the units; fewer only where there are fewer.
+    """Choose so many rows, or a few more, spread evenly over the units; fewer only where there are fewer.
 
     The draws come in an order in which also the first few of them are spread out, for a sample that has to
     stop early.
@@ -47,11 +47,14 @@ def draw_sample(units: Sequence[Unit], images: int) -> list[Draw]:
         hits = Counter(np.searchsorted(ends, targets, side="right").tolist())
         per_hit = -(-images // places)
         taken = {at: min(units[at].num_rows, per_hit * count) for at, count in hits.items()}
-        if sum(taken.values()) >= images or len(hits) == len(units):
+        # A place per row, at the latest, is enough.
+        if sum(taken.values()) >= images:
             break
         places *= 2
     draws = [Draw(units[at], _spread(units[at].num_rows, count)) for at, count in sorted(taken.items())]
-    return [draws[at] for at in np.random.default_rng(0).permutation(len(draws))]
+    order = np.random.default_rng(0).permutation(len(draws)).tolist()
+    needed = np.searchsorted(np.cumsum([len(draws[at].rows) for at in order]), images) + 1
+    return [draws[at] for at in order[:needed]]
 
 
 def _spread(length: int, count: int) -> tuple[int, ...]:

@@ -22,9 +22,9 @@ NORMAL_95 = 1.96
 MODEL_SPREAD = 0.09
 """Standard deviation of log(actual / planned) that the sample cannot tell."""
 
-RAY_UNIT_S = 0.08
+RAY_UNIT_S = 0.03
 """CPU seconds that Ray's processes and the driver take per unit: three calls, and tables on their way."""
-RAY_SHARE = 0.10
+RAY_SHARE = 0.12
 """Of one CPU that they take all the time: looking for work, heartbeats, the driver's watch."""
 PIPELINE_S = 2.0
 """From the driver's first call of Ray Data to its first actor."""
