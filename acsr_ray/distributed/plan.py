@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from acsr_ray.artifacts import MANIFEST, json_digest
-from acsr_ray.config import ConfigError, FailedError, Settings
+from acsr_ray.config import ConfigError, Device, FailedError, Settings
 from acsr_ray.corpus.changes import check_there, list_corpus
 from acsr_ray.corpus.ledger import Ledger
 from acsr_ray.corpus.sources import CorpusError, ImageFolder
@@ -148,12 +148,13 @@ def _content(settings: PlanSettings, survey: Survey, output: _Output, listing_s:
     }
     if not units:
         return content | _nothing_to_do(listing_s)
-    work = _work(settings)
-    found = run_sample(settings.ray, settings.device, _recipe(settings), work, units, _wanted(settings))
+    found = run_sample(
+        settings.ray, _measured_on(settings), _recipe(settings), _work(settings), units, _wanted(settings)
+    )
     if not found.sample.images:
         raise FailedError("nothing of the sample can be read: " + "; ".join(found.sample.unreadable[:3]))
     machine = _machine(settings, found)
-    layout = _layout(settings, found, machine, len(units))
+    layout = _layout(settings, machine, len(units))
     load = Load(
         images=told["images_to_do"],
         units=len(units),
@@ -163,7 +164,7 @@ def _content(settings: PlanSettings, survey: Survey, output: _Output, listing_s:
         start_s=found.start_s,
         pools_s=found.pools_s,
     )
-    sample = found.sample
+    sample, work = found.sample, found.work
     if layout.device != found.device:
         assert settings.cluster.gpu_speedup is not None
         sample = on_gpu(sample, settings.cluster.gpu_speedup)
@@ -175,6 +176,14 @@ def _content(settings: PlanSettings, survey: Survey, output: _Output, listing_s:
         "cluster": machine.as_json(),
         "estimate": told_ranges | {"memory_mib": _memory(sample, layout, len(units))},
     }
+
+
+def _measured_on(settings: PlanSettings) -> Device:
+    """Return the device setting for the sample: on a GPU where there is one, if the plan is for GPUs."""
+    asked = settings.cluster.gpus
+    if asked is None or settings.device == "cpu":
+        return settings.device
+    return "auto" if asked else "cpu"
 
 
 def _wanted(settings: PlanSettings) -> SampleSize:
@@ -215,6 +224,8 @@ def _machine(settings: PlanSettings, found: SampleRun) -> Machine:
     gpus = here.gpus if asked.gpus is None else asked.gpus
     if settings.device == "cpu":
         gpus = 0.0
+    if settings.device == "cuda" and not gpus:
+        raise ConfigError("device is cuda, but the cluster that is planned for has no GPU")
     if gpus and found.device == "cpu" and asked.gpu_speedup is None:
         raise ConfigError(
             "a plan for GPUs needs one to measure on: plan on the cluster itself, or say with "
@@ -223,11 +234,10 @@ def _machine(settings: PlanSettings, found: SampleRun) -> Machine:
     return Machine(cpus, gpus, here.nodes if asked.nodes is None else asked.nodes)
 
 
-def _layout(settings: PlanSettings, found: SampleRun, machine: Machine, units: int) -> Layout:
+def _layout(settings: PlanSettings, machine: Machine, units: int) -> Layout:
     shares = divide_resources(machine.cpus, machine.gpus, settings.ray, units)
-    device = shares.device if not machine.gpus or found.device == "cpu" else found.device
     return Layout(
-        device,
+        shares.device,
         machine.cpus,
         machine.gpus,
         shares.purify_actors,

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 SHOWN_PROBLEMS = 20
+BUSY = 1.15
+"""Seconds of the clock per CPU second beyond which other programs are told of."""
 UNITS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"))
 
 
@@ -40,7 +42,7 @@ def _sample(sample: Mapping[str, Any]) -> list[str]:
         ("megapixels", sizes),
         ("quarantined", str(sample["quarantined"])),
     )
-    if sample["slowed_by_others"] > 1.15:
+    if sample["device"] == "cpu" and sample["slowed_by_others"] > BUSY:
         busy = f"others take part of this machine: {sample['slowed_by_others']:g} times the CPU time passed"
         lines += _rows(("busy", busy))
     return lines

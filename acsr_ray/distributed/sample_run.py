@@ -63,6 +63,8 @@ class SampleRun:
     machine: Machine
     """Where it ran."""
     device: str
+    work: Work
+    """How it was cut into batches there."""
     processes: int
     seconds: float
     """Of the sample alone."""
@@ -114,7 +116,8 @@ def run_sample(
         found = GPU_DEVICE if gpus else "cpu"
         shares = divide_resources(machine.cpus, gpus, settings, len(units))
         began = time.perf_counter()
-        timers, others = _start(shares, replace(recipe, device=found), replace(work, device=found))
+        work = replace(work, device=found)
+        timers, others = _start(shares, replace(recipe, device=found), work)
         pools_s = time.perf_counter() - began
         for actor in others:
             ray.kill(actor)
@@ -124,7 +127,7 @@ def run_sample(
         seconds = time.perf_counter() - began
         for actor in timers:
             ray.kill(actor)
-    return SampleRun(sample, machine, found, len(timers), seconds, start_s, pools_s)
+    return SampleRun(sample, machine, found, work, len(timers), seconds, start_s, pools_s)
 
 
 def _start(shares: StageShares, recipe: StageRecipe, work: Work) -> tuple[list[Any], list[Any]]:

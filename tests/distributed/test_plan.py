@@ -1,4 +1,4 @@
-"""`plan` on a local Ray: it says what purify would do and refuse, writes its plan alone, and is near enough."""
+"""`plan` on a local Ray: it says what purify would do and refuse, writes its plan alone, and comes true."""
 
 import io
 import json
