@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from acsr_ray.corpus.headers import Size
+from acsr_ray.models.classifier import ENCODER_MICRO_BATCH
 from acsr_ray.purification.sizing import ChunkTiming, Sample, UnitTiming, Work
 
 DRAWS = 400
@@ -118,7 +119,9 @@ def costs_of(sample: Sample, work: Work) -> Costs:
         all_sizes = [item for sizes in composition for item in sizes.items()]
         encode = _rate(sum(c.encode_s for c in chunks), seen, all_sizes, work.encoder_images) / sized * good
         purify = _rate(sum(c.purify_s for c in chunks), seen, all_sizes, work.solver_pixels) / sized * good
-        select = sum(c.select_s for c in chunks) / sum(c.rows for c in chunks) * good
+        # Selection sees all sizes of a unit together, in whole calls but for the last one.
+        calls = sum(-(-c.rows // ENCODER_MICRO_BATCH) for c in chunks)
+        select = sum(c.select_s for c in chunks) / (calls * ENCODER_MICRO_BATCH) * good
     written = max(1, sample.written_rows)
     return Costs(
         sum(unit.read_s for unit in units) / rows,
@@ -215,6 +218,10 @@ def estimate(sample: Sample, work: Work, layout: Layout, load: Load) -> dict[str
         costs = costs_of(resampled(sample, generator), work)
         drawn.append((total_seconds(costs, layout, load), costs.output_bytes))
     time_range = _with_spread(seconds, [total for total, _ in drawn])
+    if layout.device == "cpu" and sample.cpu_s:
+        # Others that take part of the machine now may have gone when the job runs.
+        alone = total_seconds(_scaled(centre, min(1.0, sample.cpu_s / sample.clock_s)), layout, load)
+        time_range = replace(time_range, low=time_range.low * alone / seconds)
     bytes_range = _with_spread(centre.output_bytes * load.images, [b * load.images for _, b in drawn])
     refused = sum(unit.quarantined for unit in sample.units)
     low, share, high = wilson(refused, sample.images)
@@ -233,6 +240,11 @@ def estimate(sample: Sample, work: Work, layout: Layout, load: Load) -> dict[str
         "output_bytes": bytes_range,
         "quarantined": Range(low * load.images, share * load.images, high * load.images),
     }
+
+
+def _scaled(costs: Costs, factor: float) -> Costs:
+    times = {name: value * factor for name, value in asdict(costs).items() if name != "output_bytes"}
+    return replace(costs, **times)
 
 
 def _with_spread(centre: float, drawn: Sequence[float]) -> Range:

@@ -18,7 +18,7 @@ import pyarrow as pa
 from acsr_ray.columns import HEIGHT, QUARANTINED, STATUS, UNIT, WIDTH
 from acsr_ray.corpus.containers import ContainerError
 from acsr_ray.corpus.headers import Size
-from acsr_ray.corpus.images import DecodeLimits
+from acsr_ray.corpus.images import DecodeLimits, encode_png
 from acsr_ray.corpus.isolated import DEFAULT_DECODER, DecoderSettings
 from acsr_ray.corpus.labelled import image_bytes
 from acsr_ray.corpus.ledger import Ledger
@@ -102,7 +102,7 @@ class Sample:
     """Of the model's stages, and their CPU seconds: where the first is larger, others use the machine."""
     cpu_s: float = 0.0
     memory_mib: float = 0.0
-    """Most memory of the process, what it shares with others included."""
+    """Most memory of a process, what it shares with others included."""
     unreadable: tuple[str, ...] = ()
 
     @property
@@ -188,6 +188,8 @@ class SampleTimer:
         purifying = {**model, "on_failure": recipe.on_failure}
         self._read = ReadUnits()
         self._decode = DecodeImages(recipe.image_column, recipe.limits, recipe.decoder)
+        # Its child process starts with the first image.
+        self._decode.decoder.decode(encode_png(np.zeros((8, 8, 3), np.uint8)))
         self._encode = EncodeImages(**model)
         self._select = SelectClusters(recipe.bundle, recipe.threads, recipe.options)
         self._purify: Callable[[pa.Table], pa.Table] = (

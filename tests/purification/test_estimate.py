@@ -132,6 +132,17 @@ def test_the_bars_hold_the_mean_and_grow_with_the_spread():
     assert wide == estimate(sample(chunks=uneven), WORK, LAYOUT, LOAD)
 
 
+def test_a_busy_machine_may_be_idle_when_the_job_runs():
+    quiet = replace(sample(), clock_s=10.0, cpu_s=10.0)
+    busy = replace(quiet, clock_s=30.0)
+    before, after = (estimate(each, WORK, LAYOUT, LOAD)["seconds"] for each in (quiet, busy))
+    assert (after.mean, after.high) == (before.mean, before.high)
+    assert 0.3 < after.low / before.low < 0.5
+    gpu = Layout("cuda", cpus=64, gpus=2, purify_actors=2, encode_actors=2, codec_actors=16)
+    # There, a process waits for its card.
+    assert estimate(busy, WORK, gpu, LOAD) == estimate(quiet, WORK, gpu, LOAD)
+
+
 def test_hours_and_rates_follow_from_the_seconds():
     found = estimate(sample(), WORK, LAYOUT, LOAD)
     seconds = found["seconds"]
