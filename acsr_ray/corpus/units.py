@@ -179,16 +179,36 @@ def shard_units(shard: Shard, plan: UnitPlan, content: str = "") -> Iterator[Uni
         ContainerError: it is damaged, hostile, or has no images to purify.
         OSError: the store does not deliver it.
     """
+    facts = parquet_facts(shard, plan)
+    if not facts.num_rows:
+        return
+    yield from parquet_units(shard, plan, facts, content or shard.digest or _file_digest(shard.uri))
+
+
+@dataclass(frozen=True)
+class ParquetFacts:
+    """What the footer of a Parquet shard tells."""
+
+    num_rows: int
+    image_bytes: int
+    """Of the image column, not compressed by Parquet."""
+    row_groups: int
+
+
+def parquet_facts(shard: Shard, plan: UnitPlan) -> ParquetFacts:
+    """Read and check the footer of a Parquet shard; raises as `shard_units`."""
     with open_parquet(shard.uri) as file:
         check_schema(file.schema_arrow, plan.image_column, shard.uri, plan.purified)
-        num_rows, encoded = file.metadata.num_rows, file.column_bytes(plan.image_column)
-    if not num_rows:
-        return
-    content = content or shard.digest or _file_digest(shard.uri)
-    fitting = int(plan.unit_megabytes * 2**20 * num_rows / max(1, encoded * EXPANSION))
+        encoded = file.column_bytes(plan.image_column)
+        return ParquetFacts(file.metadata.num_rows, encoded, file.metadata.num_row_groups)
+
+
+def parquet_units(shard: Shard, plan: UnitPlan, facts: ParquetFacts, content: str) -> Iterator[Unit]:
+    """Cut a Parquet shard, by its footer's facts, into units whose content has that digest."""
+    fitting = int(plan.unit_megabytes * 2**20 * facts.num_rows / max(1, facts.image_bytes * EXPANSION))
     step = max(1, min(plan.unit_rows, fitting))
-    for first in range(0, num_rows, step):
-        last = min(first + step, num_rows) - 1
+    for first in range(0, facts.num_rows, step):
+        last = min(first + step, facts.num_rows) - 1
         yield Unit(shard.uri, shard.relative, first, last, content, version=shard.version)
 
 

@@ -164,15 +164,9 @@ def purify_corpus(settings: PurifyCorpusSettings, retry: RetryRequest | None = N
     """
     if not settings.input or not settings.output:
         raise CorpusError("--input and --output are needed (or --demo, which needs neither)")
-    ledger = Ledger(_output_location(settings.output, settings.input))
+    ledger = Ledger(output_location(settings.output, settings.input))
     deciding = deciding_settings(settings)
-    bound = {
-        **deciding,
-        "input": absolute_uri(settings.input),
-        "limit": settings.limit,
-        "unit_rows": settings.unit_rows,
-        "unit_megabytes": settings.unit_megabytes,
-    }
+    bound = binding_settings(settings, deciding)
     load_bundle(settings.bundle).config.with_reconstruction(settings.reconstruction)
     manifest = json.loads((find_bundle(settings.bundle) / MANIFEST).read_bytes())
 
@@ -307,7 +301,20 @@ def deciding_settings(settings: PurifyCorpusSettings) -> dict[str, Any]:
     }
 
 
-def _output_location(output: str, source: str) -> str:
+def binding_settings(settings: PurifyCorpusSettings, deciding: dict[str, Any]) -> dict[str, Any]:
+    """Return what an output is bound to: what decides its rows, and how its corpus is cut."""
+    assert settings.input is not None
+    return {
+        **deciding,
+        "input": absolute_uri(settings.input),
+        "limit": settings.limit,
+        "unit_rows": settings.unit_rows,
+        "unit_megabytes": settings.unit_megabytes,
+    }
+
+
+def output_location(output: str, source: str) -> str:
+    """Return the output's absolute location; `CorpusError` where it lies inside the input."""
     path, origin = absolute_uri(output), absolute_uri(source).removesuffix("/")
     if f"{path}/".startswith(f"{origin}/"):
         raise CorpusError(f"--output {path} lies inside --input {origin}")

@@ -93,8 +93,20 @@ def share_resources(device: Device, settings: RaySettings, num_units: int) -> St
         num_units: blocks to come; more actors than that would only start.
     """
     total = cluster_resources()
-    cpus, gpus = max(1.0, total.get("CPU", 1.0)), total.get("GPU", 0.0)
-    on_gpu = takes_gpus(device)
+    gpus = total.get("GPU", 0.0) if takes_gpus(device) else 0.0
+    return divide_resources(total.get("CPU", 1.0), gpus, settings, num_units)
+
+
+def divide_resources(cpus: float, gpus: float, settings: RaySettings, num_units: int) -> StageShares:
+    """Divide so many CPUs and GPUs between the stages; without GPUs, all of them run on CPUs.
+
+    Args:
+        cpus: of all nodes.
+        gpus: that may be taken, of all nodes.
+        settings: number of actors, if asked for.
+        num_units: blocks to come.
+    """
+    cpus, on_gpu = max(1.0, cpus), gpus > 0
     purify = min(settings.actors or int(gpus if on_gpu else cpus) or 1, num_units)
     # On GPUs both pools share each card.
     encode = purify if on_gpu else 0
