@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from acsr_ray.config import JOBS, AcsrError, JobSettings, did_you_mean, parse_job
+from acsr_ray.config import AcsrError, JobSettings, did_you_mean, parse_job
 
 # job -> (module, settings class, function); imported only when the job runs, so --help stays quick.
 ENTRY_POINTS: Mapping[str, tuple[str, str, str]] = {
@@ -40,6 +40,7 @@ ENTRY_POINTS: Mapping[str, tuple[str, str, str]] = {
     "sweep_attacks": ("acsr_ray.distributed.sweep", "SweepAttacksSettings", "sweep_attacks"),
     "purify_corpus": ("acsr_ray.demo.job", "PurifyCorpusSettings", "purify_or_demo"),
     "benchmark": ("acsr_ray.benchmark.job", "BenchmarkSettings", "benchmark"),
+    "submit": ("acsr_ray.distributed.submit", "SubmitSettings", "submit"),
 }
 
 
@@ -64,13 +65,13 @@ def run_job(job: str, args: Sequence[str] | None = None) -> None:
 
 def main() -> None:
     """Run `acsr-ray JOB OPTIONS`; job names take dashes or underscores."""
-    names = [job.replace("_", "-") for job in JOBS]
+    names = [job.replace("_", "-") for job in ENTRY_POINTS]
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print("usage: acsr-ray JOB [OPTIONS]\n\njobs:", *names, sep="\n  ")
         print("\n`acsr-ray JOB --help` explains every option.")
         return
     job = sys.argv[1].replace("-", "_")
-    if job not in JOBS:
+    if job not in ENTRY_POINTS:
         print(f"error: unknown job {sys.argv[1]!r}{did_you_mean(sys.argv[1], names)}")
         raise SystemExit(2)
     run_job(job, sys.argv[2:])

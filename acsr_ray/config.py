@@ -112,17 +112,30 @@ def parse_job(job: type[JobT], section: str, args: Sequence[str] | None = None) 
     Args:
         job: the job's settings model; its docstring is the description shown by `--help`.
         section: name of the job's section in the settings file.
-        args: command line without the program name; `sys.argv[1:]` when omitted.
+        args: command line without the program name; `sys.argv[1:]` when omitted. What follows a lone `--`
+            becomes the field `arguments` as it is.
     """
-    given = list(sys.argv[1:] if args is None else args)
+    given, passed_on = _split(sys.argv[1:] if args is None else args)
     try:
+        if passed_on and "arguments" not in job.model_fields:
+            raise ConfigError(f"{section} passes nothing on; leave `-- {' '.join(passed_on)}` away")
         _check_flags(job, given)
         path = _config_path(given)
         from_file = _flags_from(path, job, section) if path else []
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    return tyro.cli(job, args=[*from_file, *given], prog=f"{section}.py")
+    settings = tyro.cli(job, args=[*from_file, *given], prog=f"{section}.py")
+    return settings.model_copy(update={"arguments": passed_on}) if passed_on else settings
+
+
+def _split(args: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
+    """Return what stands before a lone `--`, and what it passes on to another job."""
+    given = list(args)
+    if "--" not in given:
+        return given, ()
+    end = given.index("--")
+    return given[:end], tuple(given[end + 1 :])
 
 
 def _flags_from(path: Path, job: type[JobSettings], section: str) -> list[str]:
