@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 def wait_for_gpus(count: int, wait_s: float) -> float:
     """Ask the connected cluster for GPUs, wait until they are there, and return how many are.
 
-    The request is a placement group: the autoscaler sees it, and a driver that dies takes it along. It is given
+    The request is a placement group: the autoscaler sees it, and a driver that dies takes it along. It goes
     back at once, so that the stages can have what it held; a new node stays for as long as the cluster lets
     nodes idle.
 

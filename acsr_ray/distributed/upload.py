@@ -98,16 +98,14 @@ def job_environment(
         SubmitError: the file or the directory cannot be used, or a variable's name says that it is secret.
     """
     environment = _read(path) if path else {}
-    variables = environment.get("env_vars") or {}
-    if not isinstance(variables, dict):
-        raise SubmitError(f"{path}: env_vars must hold one value per name")
+    variables: dict[str, str] = environment.get("env_vars") or {}
     secrets = sorted(name for name in variables if SECRET.search(name) and not REFERENCE.search(name))
     if secrets:
         raise SubmitError(
             f"{path}: everyone who reaches the dashboard can read {', '.join(secrets)} there; give it to the "
             "cluster's nodes instead (a role, a secret's reference, a file that its _PATH or _FILE names)"
         )
-    environment["env_vars"] = {STOP_WAIT: str(stop_wait_s), **{k: str(v) for k, v in variables.items()}}
+    environment["env_vars"] = {STOP_WAIT: str(stop_wait_s), **variables}
     if working_dir is not None:
         environment["working_dir"] = working_dir
     if excludes:
@@ -121,7 +119,7 @@ def job_environment(
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text())
-        # Ray checks what it knows of it; what it makes of it is its own affair.
+        # Ray checks names and types.
         RuntimeEnv(**content)
     except (OSError, yaml.YAMLError, UnicodeDecodeError, ValueError, TypeError) as error:
         raise SubmitError(f"--runtime-env {path} is not a runtime environment: {error}") from None
