@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -90,17 +91,6 @@ class Head:
             time.sleep(0.2)
         raise AssertionError("no job runs")
 
-    def driver(self) -> psutil.Process:
-        """Return the process of the one job that runs."""
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                command = process.cmdline()
-                if "acsr_ray.cli" in command and "purify_corpus" in command and "submit" not in command:
-                    found.append(process)
-        assert len(found) == 1, found
-        return found[0]
-
 
 def free_environment() -> dict[str, str]:
     """Return this environment without what Ray would take from it."""
@@ -124,8 +114,7 @@ def start_head(mode: str, log: Path) -> Iterator[Head]:
     names = ("port", "dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port")
     ports = dict(zip(names, free_ports(len(names)), strict=True))
     # Ray puts sockets there, whose paths may have 107 bytes.
-    folder = Path(f"/tmp/acsr-s{os.getpid()}-{mode}")
-    folder.mkdir()
+    folder = Path(tempfile.mkdtemp(prefix="acsr-"))
     command = [BIN / "ray", "start", "--head", "--block", "--num-cpus=2", f"--temp-dir={folder}/r"]
     command += [f"--{name}={port}" for name, port in ports.items()]
     command += ["--dashboard-host=127.0.0.1", "--object-store-memory=100000000", "--disable-usage-stats"]
@@ -151,16 +140,34 @@ def start_head(mode: str, log: Path) -> Iterator[Head]:
         shutil.rmtree(folder)
 
 
-@pytest.fixture(scope="module", params=MODES)
-def head(request, tmp_path_factory):
-    with start_head(request.param, tmp_path_factory.mktemp("head") / "log") as started:
-        yield started
-
-
 @pytest.fixture(scope="module")
-def open_head(tmp_path_factory):
-    with start_head("disabled", tmp_path_factory.mktemp("open") / "log") as started:
-        yield started
+def heads(tmp_path_factory):
+    """Return a function that gives the head of a mode, started when it is asked for first."""
+    with contextlib.ExitStack() as stack:
+        started: dict[str, Head] = {}
+
+        def give(mode: str) -> Head:
+            if mode not in started:
+                log = tmp_path_factory.mktemp(mode) / "log"
+                started[mode] = stack.enter_context(start_head(mode, log))
+            return started[mode]
+
+        yield give
+
+
+@pytest.fixture(params=MODES)
+def head(request, heads):
+    return heads(request.param)
+
+
+@pytest.fixture
+def open_head(heads):
+    return heads("disabled")
+
+
+@pytest.fixture
+def closed_head(heads):
+    return heads("token")
 
 
 @pytest.fixture
@@ -182,6 +189,18 @@ def slow(tmp_path):
 
 def purification(corpus, output, bundle):
     return ["--input", corpus, "--output", output, "--bundle", bundle, "--unit-rows", 25, "--ray.actors", 1]
+
+
+def driver_of(output):
+    """Return the process that purifies into an output."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            command = process.cmdline()
+            if {"acsr_ray.cli", "purify_corpus", str(output)} <= set(command) and "--" not in command:
+                found.append(process)
+    assert len(found) == 1, found
+    return found[0]
 
 
 def until(process, condition, seconds=240):
@@ -252,7 +271,7 @@ def test_without_the_variable_a_stop_kills_and_resubmission_resumes(
     options = ["--address", open_head.address, "--runtime-env-json", plain, "--submission-id", "plain"]
     process = open_head.start("ray", "job", "submit", *options, "--", *program, *job)
     until(process, lambda: len(published(output)) >= 1)
-    driver = open_head.driver()
+    driver = driver_of(output)
     began = time.monotonic()
     open_head.ray("job", "stop", "--address", open_head.address, "plain")
     driver.wait(20)
@@ -271,7 +290,7 @@ def test_a_killed_driver_is_another_attempt(open_head, corpus, tiny_bundle, orac
     options = ["--attempts", 2, "--retry-wait-s", 0, "--runtime-env", slow(0.5)]
     process = open_head.submit(*options, job=purification(corpus, output, tiny_bundle))
     until(process, lambda: len(published(output)) >= 2)
-    open_head.driver().kill()
+    driver_of(output).kill()
     told, _ = process.communicate(timeout=400)
     assert process.returncode == 0, told
     assert "attempt 1 of 2" in told
@@ -287,7 +306,7 @@ def test_who_leaves_the_submission_stops_the_job(
     options = ["--attempts", 3, "--runtime-env", slow(1.0)]
     process = open_head.submit(*options, job=purification(corpus, output, tiny_bundle))
     until(process, lambda: len(published(output)) >= 1)
-    driver = open_head.driver()
+    driver = driver_of(output)
     process.send_signal(number)
     told, _ = process.communicate(timeout=60)
     assert process.returncode == 75, told
@@ -310,7 +329,7 @@ def test_a_head_that_goes_stops_its_jobs_first(open_head, corpus, tiny_bundle, s
     while not published(output):
         assert time.monotonic() < ends
         time.sleep(0.1)
-    driver = open_head.driver()
+    driver = driver_of(output)
     program = [sys.executable, "-m", "acsr_ray.distributed.stop_jobs", "45"]
     stopping = open_head.start(*program, RAY_API_SERVER_ADDRESS=open_head.address)
     told, _ = stopping.communicate(timeout=120)
@@ -325,12 +344,6 @@ def test_the_job_says_what_was_wrong(open_head, tmp_path):
     assert process.returncode == 2, told
     assert "error: input /nowhere does not exist" in told
     assert "exit code 2" in told
-
-
-@pytest.fixture(scope="module")
-def closed_head(tmp_path_factory):
-    with start_head("token", tmp_path_factory.mktemp("closed") / "log") as started:
-        yield started
 
 
 @pytest.mark.parametrize(
