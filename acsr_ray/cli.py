@@ -19,11 +19,13 @@ from acsr_ray.config import EPILOGUE, JOBS, AcsrError, JobSettings, did_you_mean
 # name -> (module, settings class, function); imported only when it runs, so --help stays quick. What is no
 # job of `JOBS` is a verb; a verb needs nothing but its row.
 ENTRY_POINTS: Mapping[str, tuple[str, str, str]] = {
+    "plan": ("acsr_ray.distributed.plan", "PlanSettings", "plan"),
     "purify": ("acsr_ray.demo.job", "PurifyCorpusSettings", "purify_or_demo"),
     "status": ("acsr_ray.operations.status", "StatusSettings", "output_status"),
     "retry": ("acsr_ray.operations.retry", "RetrySettings", "retry"),
     "verify": ("acsr_ray.operations.verify", "VerifySettings", "verify_output"),
     "doctor": ("acsr_ray.operations.doctor", "DoctorSettings", "examine"),
+    "submit": ("acsr_ray.distributed.submit", "SubmitSettings", "submit"),
     "prepare_corpus": ("acsr_ray.corpus.archives", "PrepareCorpusSettings", "prepare_corpus"),
     "train_baseline": ("acsr_ray.distributed.training", "TrainBaselineSettings", "train_baseline"),
     "learn_semantics": (
@@ -71,8 +73,11 @@ def run_job(job: str, args: Sequence[str] | None = None) -> None:
     """
     given = list(sys.argv[1:] if args is None else args)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    if "--json" in given and not {"--help", "-h"} & set(given):
-        code = _run_for_programs(job, [token for token in given if token != "--json"])
+    # What follows a lone `--` is another job's.
+    end = given.index("--") if "--" in given else len(given)
+    own, passed_on = given[:end], given[end:]
+    if "--json" in own and not {"--help", "-h"} & set(own):
+        code = _run_for_programs(job, [*(token for token in own if token != "--json"), *passed_on])
     else:
         code = _run_for_people(job, given)
     if code:

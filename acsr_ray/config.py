@@ -141,11 +141,14 @@ def parse_job(
     Args:
         job: the job's settings model; its docstring is the description shown by `--help`.
         section: name of the job's section in the settings file, unless the model names others.
-        args: command line without the program name; `sys.argv[1:]` when omitted.
+        args: command line without the program name; `sys.argv[1:]` when omitted. What follows a lone `--`
+            becomes the field `arguments` as it is.
         prog: what the program is called in its help; `SECTION.py` when omitted.
     """
-    given = list(sys.argv[1:] if args is None else args)
+    given, passed_on = _split(sys.argv[1:] if args is None else args)
     try:
+        if passed_on and "arguments" not in job.model_fields:
+            raise ConfigError(f"{section} passes nothing on; leave `-- {' '.join(passed_on)}` away")
         _check_flags(job, given)
         path = _config_path(given)
         told = [flag for name in job.sections or (section,) for flag in _flags_from(path, job, name)]
@@ -156,7 +159,17 @@ def parse_job(
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     description = f"{inspect.getdoc(job)}\n{EPILOGUE}"
-    return tyro.cli(job, args=told, prog=prog or f"{section}.py", description=description)
+    settings = tyro.cli(job, args=told, prog=prog or f"{section}.py", description=description)
+    return settings.model_copy(update={"arguments": passed_on}) if passed_on else settings
+
+
+def _split(args: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
+    """Return what stands before a lone `--`, and what it passes on to another job."""
+    given = list(args)
+    if "--" not in given:
+        return given, ()
+    end = given.index("--")
+    return given[:end], tuple(given[end + 1 :])
 
 
 def last_value(flags: Sequence[str], name: str) -> str | None:

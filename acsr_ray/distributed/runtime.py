@@ -13,6 +13,7 @@ from pydantic import Field
 from acsr_ray.config import Device, Settings
 from acsr_ray.distributed.joining import ResourceError as ResourceError
 from acsr_ray.distributed.joining import check_environment, join_cluster
+from acsr_ray.distributed.scaling import wait_for_gpus
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,10 @@ class RaySettings(Settings):
     """Object store of a local Ray, in MiB."""
     actors: int | None = Field(None, ge=1)
     """Purification actors; default: one per GPU, or one per CPU."""
+    gpus: int | None = Field(None, ge=1)
+    """Of a cluster that grows: ask for so many GPUs, and wait for them, before the job plans."""
+    gpus_wait_s: float = Field(900.0, gt=0)
+    """How long; after that the job goes on with those that are there."""
     threads_per_actor: int = Field(1, ge=1)
     """Torch threads per actor; latents may differ in the last bit between thread counts, so keep it fixed."""
 
@@ -58,6 +63,8 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
             object_store_memory=settings.object_store_megabytes * 2**20,
         )
     try:
+        if settings.gpus:
+            wait_for_gpus(settings.gpus, settings.gpus_wait_s)
         yield
     finally:
         ray.shutdown()
