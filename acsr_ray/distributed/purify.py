@@ -19,6 +19,7 @@ from acsr_ray.artifacts import MANIFEST, json_digest
 from acsr_ray.columns import IMAGE
 from acsr_ray.config import Device, FailedError, JobSettings
 from acsr_ray.corpus.changes import check_there, list_corpus
+from acsr_ray.corpus.delta import begin_delta
 from acsr_ray.corpus.images import DecodeLimits
 from acsr_ray.corpus.isolated import DecoderSettings
 from acsr_ray.corpus.lease import Lease
@@ -89,6 +90,8 @@ class PurifyCorpusSettings(JobSettings):
     """Most rows per call of the encoder and the solver; decides memory, never pixels."""
     keep_original: bool = False
     """Also write the original image of every purified row, as column acsr_original."""
+    delta: bool = False
+    """Also keep the output as a Delta Lake table; one that is a table once stays it in later runs."""
     doubt: str | None = None
     """Folder of calibrate_doubt: also write how likely its classifier is wrong, as column acsr_doubt."""
     target: str | None = None
@@ -177,6 +180,8 @@ def purify_corpus(settings: PurifyCorpusSettings) -> dict[str, Any]:
             check_folder(source, settings.input, settings.image_column)
         stop.check()
         ledger.claim(bound, manifest)
+        if settings.delta:
+            begin_delta(ledger.storage, None if isinstance(source, ImageFolder) else source[0])
 
         def purify_units(units: list[Unit], parked: frozenset[str]) -> Iterator[pa.Table]:
             writer = {
@@ -197,6 +202,10 @@ def purify_corpus(settings: PurifyCorpusSettings) -> dict[str, Any]:
     if night.failed:
         shown = "; ".join(f"{name}: {why}" for name, why in islice(night.failed.items(), SHOWN_FAILURES))
         raise FailedError(f"{len(night.failed)} units failed, the others are done: {shown}")
+    left_out = ledger.delta.left_out if ledger.delta else {}
+    if left_out:
+        shown = "; ".join(f"{name}: {why}" for name, why in islice(left_out.items(), SHOWN_FAILURES))
+        raise FailedError(f"all is purified, but {len(left_out)} shards are not in the Delta table: {shown}")
     return summary
 
 
