@@ -5,7 +5,8 @@ written first), `bundle.json`, `lease/` (who writes), `quarantine/` (original by
 `staging/`, `ready/` (finished units that replace published ones), `attempts/` (units that brought a worker
 down), `runs/` (a report per run) and `snapshots/` (the highest number is the current one). A unit appears in
 `data/` by an operation that refuses to replace, so it is either absent or complete, and of two attempts the
-first wins. Its receipt lies in the file's own footer, so nothing else has to be written with it.
+first wins. Its receipt lies in the file's own footer, so nothing else has to be written with it. Of an output
+that is a Delta table, `_delta_log/` beside `data/` lists the same files.
 """
 
 import hashlib

@@ -90,6 +90,6 @@ class PurifierPreprocessor(PreprocessorPyTorch):  # type: ignore[misc]
 
 
 def _rounded(images: Tensor) -> Tensor:
-    """Return images with values just outside of [0, 1] at its ends; the purifier refuses those further off."""
+    """Return images with values just outside of [0, 1] at its ends, and those further off as they are."""
     inside = images.clamp(0, 1)
     return torch.where((images - inside).abs() <= ROUNDING, inside, images)

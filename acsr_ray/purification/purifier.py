@@ -49,7 +49,7 @@ class Purified:
 class Purifier(nn.Module):
     """Purify images with a bundle; differentiable in the images, so it can be attacked as a whole.
 
-    A module like any other: `nn.Sequential(purifier, classifier)` is the defended classifier, for the white-box
+    A module like any other: `nn.Sequential(purifier, classifier)` is the defended classifier, for white-box
     attacks of any library. Its own weights are frozen; it goes along with `to(device)` and ignores `double()`
     and the like. Images out are float32 in [0, 1], so normalisation belongs behind it.
 
