@@ -33,6 +33,8 @@ PLACES = {
     "sporco": ("acsr_ray/sparse/cdl_sporco.py", "acsr_ray/benchmark/peer_sporco.py"),
     "numba": ("acsr_ray/sparse/patch_loops.py",),
     "matplotlib": ("acsr_ray/evaluation/figures.py",),
+    "deltalake": ("acsr_ray/corpus/delta.py",),
+    "art": ("acsr_ray/purification/preprocessor.py",),
     "torchattacks": ("acsr_ray/attacks/torchattacks_adapter.py",),
 }
 

@@ -5,7 +5,8 @@ written first), `bundle.json`, `lease/` (who writes), `quarantine/` (original by
 `staging/`, `ready/` (finished units that replace published ones), `attempts/` (units that brought a worker
 down), `runs/` (a record per run) and `snapshots/` (the highest number is the current one). A unit appears in
 `data/` by an operation that refuses to replace, so it is either absent or complete, and of two attempts the
-first wins. Its receipt lies in the file's own footer, so nothing else has to be written with it.
+first wins. Its receipt lies in the file's own footer, so nothing else has to be written with it. Of an output
+that is a Delta table, `_delta_log/` beside `data/` lists the same files.
 """
 
 import hashlib
@@ -22,6 +23,7 @@ import pyarrow.parquet as pq
 from acsr_ray.columns import OUTCOME, QUARANTINED, REASON, STATUS
 from acsr_ray.config import ResumableStop
 from acsr_ray.corpus.binding import Binding, read_json, write_json
+from acsr_ray.corpus.delta import DeltaLog, find_delta
 from acsr_ray.corpus.lease import holds
 from acsr_ray.corpus.snapshot import Receipt, Snapshot
 from acsr_ray.corpus.sources import CorpusError
@@ -62,6 +64,8 @@ class Ledger:
         self.storage = open_storage(output)
         self.output = self.storage.root
         self.binding = Binding(self.storage)
+        self.delta: DeltaLog | None = None
+        """Log of the output as a Delta table, once `settle` has looked whether it is one."""
 
     def check(
         self,
@@ -173,17 +177,37 @@ class Ledger:
             self.storage.remove(_snapshot_file(number))
 
     def settle(self, snapshot: Snapshot, still_ours: Check = _always) -> None:
-        """Make `data/` agree with a committed snapshot, for the shards that are complete in it."""
+        """Make `data/` agree with a committed snapshot, for the shards that are complete in it.
+
+        Of an output that is a Delta table the log follows, whoever commits.
+
+        Raises:
+            MissingExtraError: it is one, and `deltalake` is not installed.
+        """
         listed = snapshot.names()
         complete = {relative for relative, entry in snapshot.shards.items() if entry.complete}
-        replaced = [name for name in sorted(self.published() - listed) if shard_of(name) in complete]
-        waiting = sorted(_parquet(self.storage.names(READY)) & listed)
+        shown, parked = self.storage.names(DATA), self.storage.names(READY)
+        replaced = [n for n in sorted(_parquet(shown) - listed) if shard_of(n) in complete]
+        waiting = [n for n in sorted(_parquet(parked) & listed) if shard_of(n) in complete]
+        self.delta = self.delta or find_delta(self.storage)
         still_ours()
-        for name in replaced:
+        if self.delta is None:
+            self._discard_all(replaced)
+            self._show(waiting)
+            return
+        # The other way round: a file that the log's last version lists is there until the next one is.
+        self._show(waiting)
+        sizes = {**parked, **shown}
+        self.delta.follow(snapshot, listed & {*shown, *waiting}, sizes)
+        self._discard_all(replaced)
+
+    def _show(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.storage.move(f"{READY}/{name}", f"{DATA}/{name}")
+
+    def _discard_all(self, names: Iterable[str]) -> None:
+        for name in names:
             self.discard(name)
-        for name in waiting:
-            if shard_of(name) in complete:
-                self.storage.move(f"{READY}/{name}", f"{DATA}/{name}")
 
     def discard(self, name: str) -> None:
         """Remove a unit and what was kept of it."""

@@ -19,6 +19,7 @@ from acsr_ray.artifacts import MANIFEST, json_digest
 from acsr_ray.columns import IMAGE
 from acsr_ray.config import Device, FailedError, JobSettings
 from acsr_ray.corpus.changes import check_there, list_corpus
+from acsr_ray.corpus.delta import begin_delta
 from acsr_ray.corpus.images import DecodeLimits
 from acsr_ray.corpus.isolated import DecoderSettings
 from acsr_ray.corpus.lease import Lease
@@ -95,6 +96,8 @@ class PurifyCorpusSettings(JobSettings):
     """Most rows per call of the encoder and the solver; decides memory, never pixels."""
     keep_original: bool = False
     """Also write the original image of every purified row, as column acsr_original."""
+    delta: bool = False
+    """Also keep the output as a Delta Lake table; one that is a table once stays it in later runs."""
     doubt: str | None = None
     """Folder of calibrate_doubt: also write how likely its classifier is wrong, as column acsr_doubt."""
     target: str | None = None
@@ -207,6 +210,8 @@ def purify_corpus(settings: PurifyCorpusSettings, retry: RetryRequest | None = N
                 asked = named_as(ledger, asked)
             else:
                 asked = retry.begin(ledger, asked, bound, deciding)
+            if settings.delta:
+                begin_delta(ledger.storage, None if isinstance(source, ImageFolder) else source[0])
 
             def purify_units(units: list[Unit], parked: frozenset[str]) -> Iterator[pa.Table]:
                 writer = {
@@ -225,6 +230,7 @@ def purify_corpus(settings: PurifyCorpusSettings, retry: RetryRequest | None = N
                 retry.finish(ledger)
             summary = night.summary(time.perf_counter() - started)
             _check_failed(night.failed)
+            _check_left_out(ledger)
     return summary
 
 

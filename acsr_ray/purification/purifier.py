@@ -8,6 +8,7 @@ network always see micro-batches of a fixed shape, filled up with zeros, and coo
 one by one.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -48,6 +49,10 @@ class Purified:
 class Purifier(nn.Module):
     """Purify images with a bundle; differentiable in the images, so it can be attacked as a whole.
 
+    A module like any other: `nn.Sequential(purifier, classifier)` is the defended classifier, for white-box
+    attacks of any library. Its own weights are frozen; it goes along with `to(device)` and ignores `double()`
+    and the like. Images out are float32 in [0, 1], so normalisation belongs behind it.
+
     Args:
         bundle: encoder, Gaussians and dictionaries.
         device: where to compute; images may come from anywhere.
@@ -62,22 +67,15 @@ class Purifier(nn.Module):
         self.options = bundle.config.resolve(options or PurifyOptions())
         """What was asked for, and the bundle's own ways by name."""
         self.config = bundle.config.with_reconstruction(self.options.reconstruction)
-        self.device = torch.device(device)
-        if self.device.type == "cuda":
-            # TF32 convolutions differ from the CPU's by about 1e-3, enough to select other clusters.
-            torch.backends.cudnn.allow_tf32 = False
         self.encoder = restore_encoder(bundle.config.encoder, bundle.encoder, device)
-        # Distances are summed in float64, so that a tie in float32 cannot fall either way.
-        self.gaussians: Gaussians = bundle.gaussians.to(device, torch.float64)
-        atoms = bundle.atoms.to(device)
         strength = self.options.strength
         # A fixed strength of sparse coding is in the solver, whose rho follows it. Under `auto` the rho of
         # ADMM stays: one of its own for each image would need a factor of the x-step of its own.
-        cbpdn = bundle.config.cbpdn
+        self._cbpdn = bundle.config.cbpdn
         if self.config.reconstruction == "cbpdn" and strength != "auto":
             assert strength is not None
-            cbpdn = cbpdn.stronger(strength)
-        self.solver = Cbpdn(atoms, cbpdn)
+            self._cbpdn = self._cbpdn.stronger(strength)
+        self._place(torch.device(device), bundle.atoms, bundle.gaussians)
         self.unrolled = None
         if self.config.reconstruction == "unrolled":
             self.unrolled = UnrolledReconstruction(bundle, device, self.options.precision)
@@ -100,6 +98,28 @@ class Purifier(nn.Module):
             ArtifactError: it is absent or was changed, or has no such reconstruction.
         """
         return cls(load_bundle(bundle), device, options)
+
+    def _place(self, device: torch.device, atoms: Tensor, gaussians: Gaussians) -> None:
+        """Bring what is no parameter to a device."""
+        self.device = device
+        """Where it computes, whatever device images come from."""
+        if device.type == "cuda":
+            # TF32 convolutions differ from the CPU's by about 1e-3, enough to select other clusters.
+            torch.backends.cudnn.allow_tf32 = False
+        # Distances are summed in float64, so that a tie in float32 cannot fall either way.
+        self.gaussians = gaussians.to(str(device), torch.float64)
+        self.solver = Cbpdn(atoms.to(device), self._cbpdn)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Go to the device that a model around the purifier goes to, as a whole.
+
+        Its precision stays: purified images do not depend on what the classifier behind computes in.
+        """
+        device = fn(torch.zeros(0, device=self.device)).device
+        super()._apply(lambda tensor: tensor.to(device), recurse)  # type: ignore[no-untyped-call]
+        if device != self.device:
+            self._place(device, self.solver.atoms, self.gaussians)
+        return self
 
     def train(self, mode: bool = True) -> Self:
         """Keep the frozen encoder in evaluation mode, whatever the model around the purifier does."""

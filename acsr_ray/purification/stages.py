@@ -51,6 +51,7 @@ from acsr_ray.corpus.images import (
 from acsr_ray.corpus.isolated import DEFAULT_DECODER, DecoderSettings, IsolatedDecoder
 from acsr_ray.corpus.labelled import image_bytes
 from acsr_ray.corpus.ledger import Ledger, counts
+from acsr_ray.corpus.schema import extend_features
 from acsr_ray.corpus.sources import CorpusError
 from acsr_ray.corpus.units import Unit, read_unit
 from acsr_ray.purification.options import PurifyOptions
@@ -318,6 +319,8 @@ class WriteUnits:
         if self.keep_original:
             kept = pa.array([i if e is not None else None for i, e in enumerate(encoded)], pa.int64())
             purified = purified.append_column(ORIGINAL, original.take(kept))
+        schema = extend_features(purified.schema, {ORIGINAL: self.image_column})
+        purified = purified.replace_schema_metadata(schema.metadata)
         receipt = self.ledger.publish(
             name,
             purified,

@@ -16,7 +16,8 @@ import pytest
 
 from acsr_ray.artifacts import ArtifactError, json_digest
 from acsr_ray.columns import OUTCOME, STATUS
-from acsr_ray.config import parse_job
+from acsr_ray.config import FailedError, parse_job
+from acsr_ray.corpus.delta_types import DeltaSchemaError
 from acsr_ray.corpus.images import DecodeLimits, decode_image, encode_png, to_pixels, to_unit_range
 from acsr_ray.corpus.sources import CorpusError
 from acsr_ray.distributed.purify import PurifyCorpusSettings, deciding_settings, purify_corpus
@@ -97,7 +98,7 @@ def test_every_row_once_in_order_with_every_column(tmp_path, tiny_bundle, ray_lo
     assert after.column_names == [*before.column_names, *OUTCOME.names]
     assert after["image_id"].to_pylist() == before["image_id"].to_pylist()
     assert after["label"].equals(before["label"])
-    assert after.schema.metadata[b"huggingface"] == b"{}"
+    assert after.schema.metadata[b"huggingface"] == b"{}"  # it names no features, so none of ours are added
     shapes = {decode_image(c["bytes"], DecodeLimits()).shape for c in after["image"].to_pylist()}
     assert shapes == {(SIDE, SIDE, 3)}
     changed = [
@@ -378,3 +379,44 @@ def test_readers_never_see_old_and_new_rows_together(tmp_path, tiny_bundle, ray_
     after = read_output(tmp_path / "out")
     assert after.num_rows == 40
     assert all(new != old for new, old in zip(after["image"].to_pylist(), before, strict=True))
+
+
+@pytest.mark.slow
+def test_a_delta_table_follows_night_after_night(tmp_path, tiny_bundle, ray_local):
+    deltalake = pytest.importorskip("deltalake")
+    write_corpus(tmp_path / "in" / "a.parquet", 30)
+    write_corpus(tmp_path / "in" / "b.parquet", 20, seed=1)
+    run = settings(tmp_path / "in", tmp_path / "out", tiny_bundle, wave_units=2)
+    purify_corpus(run.model_copy(update={"delta": True}))
+    table = deltalake.DeltaTable(str(tmp_path / "out"))
+    versions = [table.version()]
+    assert versions == [1]
+
+    # Nobody has to remember that it is a table.
+    write_corpus(tmp_path / "in" / "b.parquet", 20, seed=2)
+    purify_corpus(run)
+    purify_corpus(run)
+    table.update_incremental()
+    versions.append(table.version())
+    assert versions == [1, 2]
+    found, expected = table.to_pyarrow_table(), read_output(tmp_path / "out")
+    assert found.schema.names == expected.schema.names
+
+    def by_image(rows):
+        return sorted(rows.to_pylist(), key=lambda row: row["image"]["bytes"])
+
+    assert by_image(found) == by_image(expected)
+
+    # What a table cannot have is told at the end, and is purified all the same.
+    more = pq.read_table(tmp_path / "in" / "a.parquet").append_column(
+        "at", pa.array([1] * 30, pa.time32("s"))
+    )
+    pq.write_table(more, tmp_path / "in" / "c.parquet")
+    with pytest.raises(FailedError, match=r"all is purified, but 1 shards .* c: column 'at' is time32"):
+        purify_corpus(run)
+    data = sorted((tmp_path / "out" / "data").glob("*.parquet"))
+    assert sum(pq.read_metadata(path).num_rows for path in data) == 80
+    table.update_incremental()
+    assert table.to_pyarrow_table().num_rows == 50
+    with pytest.raises(DeltaSchemaError, match="'at' is time32"):
+        purify_corpus(settings(tmp_path / "in" / "c.parquet", tmp_path / "other", tiny_bundle, delta=True))
