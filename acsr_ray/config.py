@@ -33,6 +33,7 @@ JOBS = (
     "compare_attacks",
     "sweep_attacks",
     "purify_corpus",
+    "report",
     "benchmark",
 )
 """Names of the jobs, which are the sections a settings file may have, in the order they run."""
