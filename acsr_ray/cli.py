@@ -39,7 +39,6 @@ ENTRY_POINTS: Mapping[str, tuple[str, str, str]] = {
     "compare_attacks": ("acsr_ray.evaluation.parity", "CompareAttacksSettings", "compare_attacks"),
     "sweep_attacks": ("acsr_ray.distributed.sweep", "SweepAttacksSettings", "sweep_attacks"),
     "purify_corpus": ("acsr_ray.demo.job", "PurifyCorpusSettings", "purify_or_demo"),
-    "report": ("acsr_ray.reporting.job", "ReportSettings", "report"),
     "benchmark": ("acsr_ray.benchmark.job", "BenchmarkSettings", "benchmark"),
 }
 

@@ -33,7 +33,6 @@ JOBS = (
     "compare_attacks",
     "sweep_attacks",
     "purify_corpus",
-    "report",
     "benchmark",
 )
 """Names of the jobs, which are the sections a settings file may have, in the order they run."""

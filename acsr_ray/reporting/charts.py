@@ -8,15 +8,18 @@ cannot see it.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from acsr_ray.evaluation.markup import Markup, element, visible
-from acsr_ray.reporting.wording import duration, number
+from acsr_ray.reporting.wording import clock, number
 
 WIDTH = 460
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 8, 40
-LABEL_WIDTH, VALUE_WIDTH, ROW = 150, 74, 19
+LEFT, RIGHT, TOP, BOTTOM = 46, 22, 8, 40
+LABEL_WIDTH, ROW, LETTER = 150, 19, 6.6
 LONGEST_LABEL = 24
 MOST_TICKS = 6
+TIME_STEPS = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400, 21600, 43200, 86400)
+"""Seconds between the marks of a time axis."""
 
 Format = Callable[[float], str]
 
@@ -41,13 +44,9 @@ def figure(title: str, sentence: str, height: float, *drawn: Markup) -> Markup:
         role="img",
         aria_label=sentence,
     )
-    return element(
-        "figure",
-        element("figcaption", title),
-        svg,
-        element("p", sentence, aria_hidden="true"),
-        class_="chart",
-    )
+    # The sentence is the drawing's label already.
+    words = element("p", sentence, aria_hidden="true")
+    return element("figure", element("figcaption", title), svg, words, class_="chart")
 
 
 def histogram(
@@ -69,22 +68,26 @@ def histogram(
     step = (WIDTH - LEFT - RIGHT) / len(counts)
     drawn = _grid(most, bottom)
     for position, count in enumerate(counts):
-        tall = (bottom - TOP) * count / most
         hint = element("title", f"{number(edges[position])} to {number(edges[position + 1])}: {count:,}")
         # What is there at all is seen.
-        tall = max(tall, 1.5) if count else 0.0
-        x = LEFT + position * step
-        drawn.append(
-            element(
-                "rect", hint, class_="bar", x=x + 0.5, y=bottom - tall, width=max(step - 1, 1.0), height=tall
-            )
-        )
+        tall = max((bottom - TOP) * count / most, 1.5) if count else 0.0
+        drawn.append(_rectangle(hint, "bar", LEFT + position * step + 0.5, bottom - tall, step - 1, tall))
     drawn.append(element("line", class_="axis", x1=LEFT, x2=WIDTH - RIGHT, y1=bottom, y2=bottom))
-    every = max(1, math.ceil(len(edges) / MOST_TICKS))
-    for position in range(0, len(edges), every):
-        drawn.append(_text(number(edges[position]), LEFT + position * step, bottom + 16, "middle quiet"))
+    for value, place in _edge_ticks(edges):
+        drawn.append(_text(number(value), LEFT + place * step, bottom + 16, "middle quiet"))
     drawn.append(_text(label, (LEFT + WIDTH - RIGHT) / 2, height - 6, "middle"))
     return figure(title, sentence, height, *drawn)
+
+
+def _edge_ticks(edges: Sequence[float]) -> list[tuple[float, float]]:
+    """Return (value, place in bins) of marks below a histogram: round values where bins are of one width."""
+    widths = [high - low for low, high in pairwise(edges)]
+    if max(widths) > 1.01 * min(widths):
+        every = max(1, math.ceil(len(edges) / MOST_TICKS))
+        return [(edges[place], float(place)) for place in range(0, len(edges), every)]
+    step = _step(edges[-1] - edges[0], MOST_TICKS)
+    first, last = math.ceil(edges[0] / step - 1e-9), math.floor(edges[-1] / step + 1e-9)
+    return [(step * mark, (step * mark - edges[0]) / widths[0]) for mark in range(first, last + 1)]
 
 
 def bars(title: str, rows: Sequence[Bar], sentence: str, most: float = 0.0) -> Markup:
@@ -97,7 +100,8 @@ def bars(title: str, rows: Sequence[Bar], sentence: str, most: float = 0.0) -> M
         most: value of the longest bar; that of the rows unless given.
     """
     most = most or max((row.value for row in rows), default=0.0) or 1.0
-    room = WIDTH - LABEL_WIDTH - VALUE_WIDTH
+    # The values stand at the ends of the bars.
+    room = WIDTH - LABEL_WIDTH - 10 - LETTER * max((len(row.text) for row in rows), default=0)
     drawn: list[Markup] = []
     for position, row in enumerate(rows):
         top = position * ROW
@@ -105,18 +109,9 @@ def bars(title: str, rows: Sequence[Bar], sentence: str, most: float = 0.0) -> M
         # Cut in the middle: what tells the clusters of one class apart stands at the end.
         label = visible(row.label, LONGEST_LABEL)
         drawn.append(element("text", hint, label, x=LABEL_WIDTH - 6, y=top + 14, class_="end"))
-        if row.value > 0:
-            width = max(1.5, room * row.value / most)
-            drawn.append(
-                element("rect", hint, class_="bar", x=LABEL_WIDTH, y=top + 3, width=width, height=ROW - 6)
-            )
-        else:
-            width = 14.0
-            drawn.append(
-                element(
-                    "rect", hint, class_="unused", x=LABEL_WIDTH + 1, y=top + 4, width=width, height=ROW - 8
-                )
-            )
+        width = max(1.5, room * row.value / most) if row.value > 0 else 14.0
+        kind = "bar" if row.value > 0 else "unused"
+        drawn.append(_rectangle(hint, kind, LABEL_WIDTH, top + 3, width, ROW - 6))
         drawn.append(_text(row.text, LABEL_WIDTH + width + 6, top + 14, "quiet"))
     return figure(title, sentence, len(rows) * ROW + 4, *drawn)
 
@@ -153,8 +148,10 @@ def line(
         y = bottom - mean * per_value
         drawn.append(element("line", class_="mean", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y))
     drawn.append(element("line", class_="axis", x1=LEFT, x2=WIDTH - RIGHT, y1=bottom, y2=bottom))
-    for tick in _ticks(end):
-        drawn.append(_text(duration(tick), LEFT + tick * per_second, bottom + 16, "middle quiet"))
+    step = next((step for step in TIME_STEPS if step >= end / MOST_TICKS), _step(end, MOST_TICKS))
+    for mark in range(int(end / step) + 1):
+        tick = step * mark
+        drawn.append(_text(clock(tick), LEFT + tick * per_second, bottom + 16, "middle quiet"))
     drawn.append(_text("time since the start", (LEFT + WIDTH - RIGHT) / 2, height - 6, "middle"))
     return figure(title, sentence, height, *drawn)
 
@@ -197,10 +194,15 @@ def _occupied(counts: Sequence[int]) -> tuple[int, int]:
 
 def _ticks(end: float, most: int = MOST_TICKS) -> list[float]:
     """Return round numbers from 0 up to at most `end`."""
-    rough = end / most
-    scale = 10.0 ** math.floor(math.log10(rough))
-    step = next(scale * factor for factor in (1, 2, 5, 10) if scale * factor >= rough)
+    step = _step(end, most)
     return [step * position for position in range(int(end / step + 1e-9) + 1)]
+
+
+def _step(length: float, most: int) -> float:
+    """Return a round distance of marks, of which at most so many fit in a length."""
+    rough = length / most
+    scale = 10.0 ** math.floor(math.log10(rough))
+    return next(scale * factor for factor in (1, 2, 5, 10) if scale * factor >= rough)
 
 
 def _grid(most: float, bottom: float, top: float = TOP) -> list[Markup]:
@@ -210,6 +212,10 @@ def _grid(most: float, bottom: float, top: float = TOP) -> list[Markup]:
         drawn.append(element("line", class_="rule", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y))
         drawn.append(_text(number(tick), LEFT - 6, y + 4, "end quiet"))
     return drawn
+
+
+def _rectangle(hint: Markup, kind: str, x: float, y: float, width: float, height: float) -> Markup:
+    return element("rect", hint, class_=kind, x=x, y=y, width=max(width, 1.0), height=height)
 
 
 def _text(text: str, x: float, y: float, kind: str) -> Markup:

@@ -88,10 +88,13 @@ def gather(
     scanned = spread(units, SCANNED_UNITS)
     rows = scan(storage.root, scanned, column)
     purified = [row for row in rows if row.status == PURIFIED]
-    several = counted(len(scanned), "file")
-    sample = (
-        f"a sample: {counted(len(purified), 'purified image')} in {several} of {len(units):,} of the output"
-    )
+    whose = "this run" if len(units) < len(places(snapshot)) else "the output"
+    sample = f"all {counted(len(purified), 'purified image')} of {whose}"
+    if len(scanned) < len(units):
+        sample = (
+            f"a sample, {counted(len(purified), 'purified image')} in {len(scanned)} of the {len(units):,} "
+            f"files of {whose}"
+        )
 
     keyed, usage_source = _usage(record, names, purified, sample)
     chosen = choose(rows, images)

@@ -78,6 +78,7 @@ def _example(picture: Picture, factor: int, names: ClusterNames) -> Markup:
     row, before, times = picture.row, picture.before, f"difference \N{MULTIPLICATION SIGN} {factor}"
     key = visible(row.path or f"row {row.number}", LONGEST_KEY)
     purified = _cell(_pixels(picture.after, f"purified {key}", WIDEST), "purified")
+    cells: tuple[Markup, ...]
     if before is None:
         why = element("div", f"No original: {picture.missing or 'it was not read'}.", class_="absent")
         cells = (_cell(why, "original"), purified)
@@ -108,9 +109,9 @@ def _caption(picture: Picture, names: ClusterNames) -> list[str]:
         size += f", the middle {width} \N{MULTIPLICATION SIGN} {height} shown"
     cluster = "none" if row.key is None else names.label(row.key)
     numbers = f"distance {number(row.distance)}, residual {number(row.residual)}"
-    lines = [element("b", cluster), f" \N{MIDDLE DOT} {numbers}"]
+    lines: list[str] = [element("b", cluster), element("br"), numbers]
     if row.reason:
-        lines.append(f" \N{MIDDLE DOT} {row.reason}")
+        lines.append(f", {row.reason}")
     lines += [element("br"), element("code", visible(row.path or "no name", LONGEST_KEY))]
     where = f"row {row.number:,} of {visible(row.place.relative, LONGEST_KEY)}, {size}"
     return [*lines, element("br"), element("span", where, class_="note")]

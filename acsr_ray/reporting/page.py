@@ -124,7 +124,8 @@ def _tiles(contents: Contents) -> Markup:
     if done:
         tiles.append((f"{refused:,}", f"in quarantine, {percent(refused, done)}"))
     if contents.residual.bins.total:
-        tiles.append((number(contents.residual.bins.quantile(0.5)), "median residual"))
+        words = "median residual" if record.residual.total else "median residual of the sample"
+        tiles.append((number(contents.residual.bins.quantile(0.5)), words))
     if contents.names.clusters:
         used = sum(use.images > 0 for use in contents.usage)
         tiles.append((f"{used} of {len(contents.usage)}", "clusters in use"))
@@ -155,30 +156,31 @@ def _outcomes(record: RunRecord) -> Markup:
 def _counts(
     what: str, run: Mapping[str, int], whole: Mapping[str, int], meaning: Mapping[str, str]
 ) -> Markup:
-    """Return counts of the run, where it told them, beside those of the whole output."""
+    """Return counts of the run, where it told them, beside those of the whole output where they differ."""
     names = sorted({*run, *whole}, key=lambda name: (-run.get(name, 0), -whole.get(name, 0), name))
-    sums = sum(run.values()), sum(whole.values())
-    columns = [(counts, total) for counts, total in zip((run, whole), sums, strict=True) if counts]
-    heads = [head for head, counts in (("this run", run), ("whole output", whole)) if counts]
-    header = [what, *(cell for head in heads for cell in (head, "share"))]
+    both = [("images", run)] if run == whole else [("this run", run), ("whole output", whole)]
+    columns = [(head, counts, sum(counts.values())) for head, counts in both if counts]
     rows = []
     for name in names:
         cells = [
             cell
-            for counts, total in columns
+            for _, counts, total in columns
             for cell in (f"{counts.get(name, 0):,}", percent(counts.get(name, 0), total))
         ]
         rows.append((_short(name), *cells, *([meaning.get(name, "")] if meaning else [])))
+    header = [what, *(cell for head, *_ in columns for cell in (head, "share"))]
     if meaning:
         header.append("meaning")
-    return table_markup(Table(f"By {what}", "", tuple(header), tuple(rows)))
+    table = Table(f"By {what}", "", tuple(header), tuple(rows))
+    return table_markup(table, "counts meant" if meaning else "counts")
 
 
 def _sampled(contents: Contents) -> str:
     return (
         f"Chosen by numbers, not by looks, from {contents.sample}. Pixels are as stored, magnified without "
-        "smoothing. Difference: grey where nothing changed, the change magnified by the factor shown. Distance: "
-        "Mahalanobis distance to the cluster that was chosen. Residual: relative l2 change of the image."
+        "smoothing. Difference: grey where nothing changed, the change magnified by the factor shown. "
+        "Distance: Mahalanobis distance to the cluster that was chosen. Residual: relative l2 change of the "
+        "image."
     )
 
 
@@ -204,8 +206,9 @@ def _quarantine(contents: Contents) -> Markup:
     total = sum((contents.record.corpus.quarantined if contents.record.corpus else {}).values())
     if not total:
         return element("p", "No image of the output is in quarantine.")
+    source = contents.record.input
     rows = tuple(
-        (_short(row.reason), _short(row.path or ""), _short(row.shard), f"{row.number:,}")
+        (_short(row.reason), _short(row.path or ""), _short(_within(source, row.shard)), f"{row.number:,}")
         for row in contents.refused[:MOST_LISTED]
     )
     more = f" All of the first {LISTED_ROWS} are in report.json." if len(contents.refused) > len(rows) else ""
@@ -217,8 +220,9 @@ def _quarantine(contents: Contents) -> Markup:
 
 
 def _not_done(record: RunRecord) -> Markup:
+    shards = {_within(record.input, uri): why for uri, why in record.refused_shards.items()}
     lists = (
-        ("Refused shards", "shard", record.refused_shards),
+        ("Refused shards", "shard", shards),
         ("Failed units", "unit", record.failed_units),
     )
     return joined(*(_list(title, what, found) for title, what, found in lists if found))
@@ -230,6 +234,12 @@ def _list(title: str, what: str, found: Mapping[str, str]) -> Markup:
         f"The first {MOST_LISTED} of {len(rows):,}; report.json has all." if len(rows) > MOST_LISTED else ""
     )
     return table_markup(Table(title, caption, (what, "why"), tuple(rows[:MOST_LISTED])), "words")
+
+
+def _within(source: str, uri: str) -> str:
+    """Return a shard's path in the corpus, all of its URI where it is not of it."""
+    bare, root = uri.removeprefix("file://"), source.removeprefix("file://").rstrip("/")
+    return bare.removeprefix(f"{root}/") if root else bare
 
 
 def _about(record: RunRecord) -> str:

@@ -120,9 +120,10 @@ def _purified(
     """Return the purified images and the kept originals, Nones where they were not kept."""
     uri = f"{output}/{DATA}/{rows[0].place.receipt.name}"
     table = read_cells(uri, [row.position for row in rows], (image_column, ORIGINAL), MOST_GROUP_BYTES)
-    after = list(image_bytes(table[image_column]))
-    kept = list(image_bytes(table[ORIGINAL])) if ORIGINAL in table.column_names else [None] * len(rows)
-    return after, kept
+    kept: list[bytes | None] = [None] * len(rows)
+    if ORIGINAL in table.column_names:
+        kept = list(image_bytes(table[ORIGINAL]))
+    return list(image_bytes(table[image_column])), kept
 
 
 def _originals(
@@ -199,13 +200,16 @@ def _decode(
         if isinstance(pixels, ImageError):
             logger.warning("%s row %d is no picture: %s", row.place.receipt.name, row.position, pixels)
             continue
-        original, missing = originals.get(at), before[at][1]
-        if isinstance(original, ImageError):
-            original, missing = None, f"the original is refused now ({original.reason})"
-        elif original is not None and original.shape != pixels.shape:
-            original, missing = None, OTHER_IMAGE
-        shown = None if original is None else _centre(original)
-        yield Picture(row, _centre(pixels), shown, *pixels.shape[:2], missing)
+        before_pixels, missing = originals.get(at), before[at][1]
+        shown = None
+        if isinstance(before_pixels, ImageError):
+            missing = f"the original is refused now ({before_pixels.reason})"
+        elif before_pixels is not None and before_pixels.shape != pixels.shape:
+            missing = OTHER_IMAGE
+        elif before_pixels is not None:
+            shown = _centre(before_pixels)
+        height, width, _ = pixels.shape
+        yield Picture(row, _centre(pixels), shown, height, width, missing)
 
 
 def _centre(pixels: Pixels) -> Pixels:

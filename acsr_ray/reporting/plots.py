@@ -45,8 +45,8 @@ def _rate(points: list[tuple[float, float]]) -> Markup:
     ]
     mean = float(done[-1] / times[-1])
     sentence = (
-        f"{number(mean)} images per second on average (dashed), at most {number(float(rates.max()))} in steps of "
-        f"{duration(float(edges[1]))}."
+        f"{number(mean)} images per second on average (dashed), {number(float(rates.max()))} at most, "
+        f"in steps of {duration(float(edges[1]))}."
     )
     return line("Throughput", drawn, sentence=sentence, label="images per second", mean=mean)
 
@@ -80,8 +80,8 @@ def planned(record: RunRecord) -> Markup:
         unit = "" if seconds else " images per second"
         sentence = (
             f"Planned {shown(one.mean)}{unit}, between {shown(one.low)} and {shown(one.high)}; it was "
-            f"{shown(one.actual)}: {number(one.ratio)} times the plan, {'inside' if one.is_inside else 'outside'} "
-            "the range."
+            f"{shown(one.actual)}: {number(one.ratio)} times the plan, "
+            f"{'inside' if one.is_inside else 'outside'} the range."
         )
         title = "Time" if seconds else "Images per second"
         charts.append(estimate(title, one.low, one.mean, one.high, one.actual, shown, sentence))
@@ -107,10 +107,9 @@ def _measure(title: str, measure: Measure, label: str) -> Markup:
     middle, high = bins.quantile(0.5), bins.quantile(0.95)
     steps = np.diff(bins.edges)
     uneven = " Bins are not of one width." if steps.max() > 1.01 * steps.min() else ""
-    source = "" if measure.source.startswith("all") else f" Of {measure.source}."
     sentence = (
-        f"{counted(bins.total, 'image')}: half below {number(middle)}, 95 % below {number(high)}. The last bin "
-        f"holds what is beyond.{uneven}{source}"
+        f"{counted(bins.total, 'image')}: half below {number(middle)}, 95 % below {number(high)}. The last "
+        f"bin holds what is beyond.{uneven} Counted over {measure.source}."
     )
     return histogram(title, bins.edges, bins.counts, label=label, sentence=sentence)
 
@@ -124,14 +123,13 @@ def clusters(contents: Contents) -> Markup:
     unused = [use.label for use in usage if not use.images]
     shown = usage if len(usage) <= MOST_BARS else sorted(usage, key=lambda use: -use.images)[:MOST_BARS]
     rows = [Bar(use.label, use.images, f"{use.images:,}, {percent(use.images, whole)}") for use in shown]
-    of = "" if contents.usage_source.startswith("all") else f" Of {contents.usage_source}."
-    never = f" {len(unused)} were never chosen (dashed)." if unused else " Each was chosen."
-    known = (
-        ""
-        if contents.names.clusters
-        else " The bundle is not at hand, so clusters never chosen are not known."
+    never = f"Never chosen: {len(unused)} (dashed)." if unused else "Each was chosen."
+    if not contents.names.clusters:
+        never = "The bundle is not at hand, so clusters never chosen are not known."
+    sentence = (
+        f"{counted(len(usage), 'cluster')}, {counted(whole, 'image')}. {never} "
+        f"Counted over {contents.usage_source}."
     )
-    sentence = f"{counted(len(usage), 'cluster')}, {counted(whole, 'image')}.{known or never}{of}"
     parts = [element("div", *_columns(rows, sentence), class_="charts")]
     if len(usage) > len(shown):
         rest = sum(use.images for use in usage) - sum(use.images for use in shown)

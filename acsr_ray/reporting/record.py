@@ -1,14 +1,15 @@
 """What a run left behind about itself, read as far as it can be read.
 
 `_acsr/runs/RUN/record.json` is the record; outputs of earlier releases have a shorter summary,
-`_acsr/runs/RUN.json`, or nothing but their snapshot. Fields may be absent, and a field of another type than it
-should have is left out and named, not fatal: a report is wanted most where something went wrong.
+`_acsr/runs/RUN.json`, or nothing but their snapshot. Fields may be absent, and a field of another type than
+it should have is left out and named, not fatal: a report is wanted most where something went wrong.
 """
 
 import json
 import math
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -55,10 +56,9 @@ class Bins(Tolerant):
 
     @model_validator(mode="after")
     def _check(self) -> "Bins":
-        pairs = zip(self.edges, self.edges[1:], strict=False)
         if (self.edges or self.counts) and len(self.edges) != len(self.counts) + 1:
             raise ValueError(f"{len(self.counts)} counts need one more edge, got {len(self.edges)}")
-        if any(low >= high for low, high in pairs):
+        if any(low >= high for low, high in pairwise(self.edges)):
             raise ValueError("edges must ascend")
         return self
 
@@ -87,7 +87,7 @@ class CorpusTotals(Tolerant):
 
 
 def _ascending(points: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
-    if any(one[0] > two[0] for one, two in zip(points, points[1:], strict=False)):
+    if any(one[0] > two[0] for one, two in pairwise(points)):
         raise ValueError("times must ascend")
     return points
 
@@ -165,11 +165,8 @@ def load_record(storage: Storage, snapshot: Snapshot, run: str | None = None) ->
         raise RunNotFoundError(f"there is no purification at {storage.root}")
     name = run or next(reversed(runs), "")
     if not name:
-        fields: dict[str, Any] = {
-            "run": f"snapshot-{snapshot.number:08d}",
-            "refused_shards": snapshot.refused,
-        }
-        return read_record(fields, storage, snapshot)
+        alone = {"run": f"snapshot-{snapshot.number:08d}", "refused_shards": snapshot.refused}
+        return read_record(alone, storage, snapshot)
     fields = {**_content(storage, runs[name]), "run": name}
     if not runs[name].endswith(f"/{RECORD}"):
         fields = _from_summary(fields)

@@ -31,11 +31,20 @@ def duration(seconds: float | None) -> str:
     if seconds < 60:
         return f"{seconds:.3g} s"
     whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    if whole < 86400:
-        return f"{whole // 3600} h {whole % 3600 // 60} min"
-    return f"{whole // 86400} d {whole % 86400 // 3600} h"
+    sizes = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
+    largest = next(place for place, (_, size) in enumerate(sizes) if whole >= size)
+    parts = [(whole // size, unit) for unit, size in sizes[largest : largest + 1]]
+    unit, size = sizes[largest + 1]
+    rest = whole % sizes[largest][1] // size
+    return " ".join(f"{count} {name}" for count, name in [*parts, (rest, unit)] if count)
+
+
+def clock(seconds: float) -> str:
+    """Return a time as short as a mark of an axis has to be, such as 40 s, 1:20 min or 2:05 h."""
+    if seconds < 60:
+        return f"{seconds:g} s"
+    whole, unit = (seconds, "min") if seconds < 3600 else (seconds / 60, "h")
+    return f"{whole // 60:.0f}:{whole % 60:02.0f} {unit}"
 
 
 def counted(count: int, one: str, many: str = "") -> str:
