@@ -16,7 +16,7 @@ _DARK = (
 _TEXT = (
     "*{box-sizing:border-box}"
     "body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:90rem;padding:0 1rem;"
-    "background:var(--ground);color:var(--text)}"
+    "background:var(--ground);color:var(--text);overflow-wrap:break-word}"
     "h1{line-height:1.2;margin:0 0 .5rem;overflow-wrap:anywhere}h2{margin:2.5rem 0 .5rem;line-height:1.25}"
     "h3{margin:1.5rem 0 .25rem;font-size:1.05rem}p{max-width:48rem}.note{color:var(--quiet);font-size:.9em}"
     "code{font:.92em ui-monospace,monospace;overflow-wrap:anywhere;unicode-bidi:isolate}"
@@ -59,7 +59,7 @@ _RUN = (
     ".tiles span{color:var(--quiet);font-size:.9em}"
     ".examples{display:grid;gap:1rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,27rem),1fr))}"
     ".example{margin:0;padding:.6rem;background:var(--raised);border:1px solid var(--line);"
-    "border-radius:.5rem}.three{display:flex;gap:.4rem}.three div{min-width:0}"
+    "border-radius:.5rem}.three{display:flex;gap:.4rem;min-width:0}.three div{min-width:0}"
     ".three span{display:block;color:var(--quiet);font-size:.8em}"
     ".three img,.strip img{display:block;height:auto}"
     ".three .absent{width:9rem;max-width:100%;min-height:6rem;border:1px dashed var(--line);padding:.5rem;"

@@ -9,6 +9,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -56,6 +57,14 @@ FLAGS = (
     "--hide-scrollbars",
     "--remote-debugging-pipe",
 )
+LAUNCH = """
+import fcntl, os, sys
+# High ones first, so that neither is overwritten before it is copied.
+high = [fcntl.fcntl(int(number), fcntl.F_DUPFD, 20) for number in sys.argv[1:3]]
+os.dup2(high[0], 3)
+os.dup2(high[1], 4)
+os.execvp(sys.argv[3], sys.argv[3:])
+"""
 SECONDS = 60.0
 # /usr/bin/chromium of Debian and Ubuntu, and what others call it.
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
@@ -79,22 +88,22 @@ class Purified:
         return [pq.read_table(self.output / "data" / name) for name in names]
 
 
-@dataclass(frozen=True)
 class Purify:
     """Purifies without Ray, and commits what it made as a run does."""
 
-    bundle: Path
-
-    def __call__(self, corpus: Path, output: str, *, keep_original: bool = False) -> Purified:
-        bundle = str(self.bundle)
-        stages = (
+    def __init__(self, bundle: Path) -> None:
+        self.bundle = bundle
+        # Once for all outputs: each decoder is a process, which takes a second to start.
+        self._stages = (
             ReadUnits(),
             DecodeImages("image", DecodeLimits(max_side=64)),
-            EncodeImages(bundle, "cpu", 64, threads=1),
-            SelectClusters(bundle, threads=1),
-            PurifyImages(bundle, "cpu", 64, threads=1),
-            WriteUnits(output, FINGERPRINT, "image", keep_original),
+            EncodeImages(str(bundle), "cpu", 64, threads=1),
+            SelectClusters(str(bundle), threads=1),
+            PurifyImages(str(bundle), "cpu", 64, threads=1),
         )
+
+    def __call__(self, corpus: Path, output: str, *, keep_original: bool = False) -> Purified:
+        stages = (*self._stages, WriteUnits(output, FINGERPRINT, "image", keep_original))
         ledger = Ledger(output)
         bound = {
             "bundle_digest": bundle_digest(self.bundle),
@@ -259,9 +268,8 @@ class Browser:
         self._from, answers = os.pipe()
 
         arguments = [program, *FLAGS, f"--user-data-dir={profile}", "about:blank"]
-        shell = ["sh", "-c", f'exec "$@" 3<&{commands} 4>&{answers}', "sh", *arguments]
         self._process = subprocess.Popen(
-            shell,
+            [sys.executable, "-c", LAUNCH, str(commands), str(answers), *arguments],
             pass_fds=(commands, answers),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

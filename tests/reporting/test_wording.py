@@ -6,14 +6,16 @@ import pytest
 
 from acsr_ray.reporting.wording import clock, counted, duration, number, percent
 
+DASH = "\N{EN DASH}"
+
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0"), (12345, "12,345"), (1234.6, "1,235"), (0.012345, "0.0123"), (3e-7, "3.0e-07"), (None, "–")],
+    [(0, "0"), (12345, "12,345"), (1234.6, "1,235"), (0.012345, "0.0123"), (3e-7, "3.0e-07"), (None, DASH)],
 )
 def test_numbers(value, text):
     assert number(value) == text
-    assert number(math.nan) == number(math.inf) == "–"
+    assert number(math.nan) == number(math.inf) == DASH
 
 
 @pytest.mark.parametrize(
@@ -24,7 +26,7 @@ def test_numbers(value, text):
         (1, 3, "33.3 %"),
         (1, 10**6, "< 0.01 %"),
         (10**6 - 1, 10**6, "> 99.99 %"),
-        (1, 0, "–"),
+        (1, 0, DASH),
     ],
 )
 def test_shares(part, whole, text):
@@ -41,7 +43,7 @@ def test_shares(part, whole, text):
         (3600, "1 h"),
         (7325, "2 h 2 min"),
         (90000, "1 d 1 h"),
-        (None, "–"),
+        (None, DASH),
     ],
 )
 def test_durations(seconds, text):
