@@ -88,7 +88,7 @@ def gather(
     scanned = spread(units, SCANNED_UNITS)
     rows = scan(storage.root, scanned, column)
     purified = [row for row in rows if row.status == PURIFIED]
-    whose = "this run" if len(units) < len(places(snapshot)) else "the output"
+    whose = "this run" if record.unit_names and len(units) < len(places(snapshot)) else "the output"
     sample = f"all {counted(len(purified), 'purified image')} of {whose}"
     if len(scanned) < len(units):
         sample = (

@@ -17,7 +17,7 @@ import pyarrow as pa
 from acsr_ray.columns import ORIGINAL
 from acsr_ray.corpus.containers import ContainerError
 from acsr_ray.corpus.images import DecodeLimits, ImageError, Pixels
-from acsr_ray.corpus.isolated import DecoderStartError, IsolatedDecoder
+from acsr_ray.corpus.isolated import DecoderSettings, DecoderStartError, IsolatedDecoder
 from acsr_ray.corpus.labelled import image_bytes
 from acsr_ray.corpus.ledger import DATA
 from acsr_ray.corpus.rows import read_cells
@@ -32,6 +32,8 @@ MOST_GROUP_BYTES = 2**28
 """Of a row group's images; a report does not read gigabytes to show one picture."""
 SIDE = 160
 """Pixels of an image that are shown, around its centre."""
+DECODER = DecoderSettings(timeout_s=10.0)
+"""Each of these images was decoded before, so none should take long."""
 OTHER_IMAGE = "not the image that was purified"
 
 
@@ -97,7 +99,7 @@ def take_pictures(
         with_originals: rows whose original is wanted too.
     """
     pictures: dict[SampledRow, Picture] = {}
-    with IsolatedDecoder(limits) as decoder:
+    with IsolatedDecoder(limits, DECODER) as decoder:
         ordered = sorted(set(rows), key=lambda row: (row.place.receipt.name, row.position))
         for _, group in groupby(ordered, key=lambda row: row.place.receipt.name):
             own = list(group)
@@ -194,22 +196,27 @@ def _decode(
 ) -> Iterator[Picture]:
     # An original that is not there is not an image that is refused.
     there = [at for at, (data, _) in enumerate(before) if data is not None]
-    decoded = list(decoder.decode_all([*after, *(before[at][0] for at in there)]))
-    originals = dict(zip(there, decoded[len(rows) :], strict=True))
-    for at, (row, pixels) in enumerate(zip(rows, decoded, strict=False)):
-        if isinstance(pixels, ImageError):
-            logger.warning("%s row %d is no picture: %s", row.place.receipt.name, row.position, pixels)
+    images = [*after, *(before[at][0] for at in there)]
+    # Cut one by one: whole images may be large, and there are several.
+    seen = [
+        image if isinstance(image, ImageError) else (_centre(image), image.shape)
+        for image in decoder.decode_all(images)
+    ]
+    originals = dict(zip(there, seen[len(rows) :], strict=True))
+    for at, (row, purified) in enumerate(zip(rows, seen, strict=False)):
+        if isinstance(purified, ImageError):
+            logger.warning("%s row %d is no picture: %s", row.place.receipt.name, row.position, purified)
             continue
-        before_pixels, missing = originals.get(at), before[at][1]
+        original, missing = originals.get(at), before[at][1]
         shown = None
-        if isinstance(before_pixels, ImageError):
-            missing = f"the original is refused now ({before_pixels.reason})"
-        elif before_pixels is not None and before_pixels.shape != pixels.shape:
+        if isinstance(original, ImageError):
+            missing = f"the original is refused now ({original.reason})"
+        elif original is not None and original[1] != purified[1]:
             missing = OTHER_IMAGE
-        elif before_pixels is not None:
-            shown = _centre(before_pixels)
-        height, width, _ = pixels.shape
-        yield Picture(row, _centre(pixels), shown, height, width, missing)
+        elif original is not None:
+            shown = original[0]
+        height, width, _ = purified[1]
+        yield Picture(row, purified[0], shown, height, width, missing)
 
 
 def _centre(pixels: Pixels) -> Pixels:

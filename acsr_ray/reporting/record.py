@@ -12,7 +12,15 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from acsr_ray.config import AcsrError, did_you_mean
 from acsr_ray.corpus.snapshot import Snapshot, total
@@ -23,6 +31,11 @@ RECORD = "record.json"
 PLAN = "_acsr/plan.json"
 NAMED = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,127}")
 THIS_RUN = re.compile(r"(\d+) images in (\d+) units")
+SECRET = re.compile(
+    r"secret|password|passwd|token|credential|(access|api|private|account)_?key", re.IGNORECASE
+)
+USER_INFO = re.compile(r"(?<=://)[^/@\s]*@")
+HIDDEN = "(hidden)"
 SUMMARY_ONLY = {
     "images",
     "statuses",
@@ -86,6 +99,19 @@ class CorpusTotals(Tolerant):
     """Images per reason."""
 
 
+def without_secrets(value: Any) -> Any:  # noqa: ANN401
+    """Return JSON values with what looks like a credential hidden: a report is mailed around."""
+    if isinstance(value, dict):
+        hidden = {key: HIDDEN for key, inner in value.items() if SECRET.search(key) and inner is not None}
+        return {key: hidden.get(key) or without_secrets(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_secrets(inner) for inner in value]
+    return USER_INFO.sub("", value) if isinstance(value, str) else value
+
+
+Shareable = BeforeValidator(without_secrets)
+
+
 def _ascending(points: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
     if any(one[0] > two[0] for one, two in pairwise(points)):
         raise ValueError("times must ascend")
@@ -101,12 +127,12 @@ class RunRecord(Tolerant):
     elapsed_s: float | None = None
     outcome: str = "unknown"
     """`running`, `done`, `stopped`, `failed`."""
-    detail: str = ""
+    detail: Annotated[str, Shareable] = ""
     """Why it stopped or failed."""
-    input: str = ""
-    output: str = ""
+    input: Annotated[str, Shareable] = ""
+    output: Annotated[str, Shareable] = ""
     bundle: str = ""
-    settings: dict[str, Any] = Field(default_factory=dict)
+    settings: Annotated[dict[str, Any], Shareable] = Field(default_factory=dict)
     images: int | None = None
     """Of this run, as the following."""
     units: int | None = None
@@ -127,7 +153,7 @@ class RunRecord(Tolerant):
     unit_names: tuple[str, ...] = ()
     """Some units of this run, where the record names them."""
     corpus: CorpusTotals | None = None
-    plan: dict[str, Any] | None = None
+    plan: Annotated[dict[str, Any] | None, Shareable] = None
     unreadable: dict[str, str] = Field(default_factory=dict)
     """Fields of the file that could not be read, and why."""
     origin: str = ""

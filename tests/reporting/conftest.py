@@ -23,10 +23,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from acsr_ray.columns import CLASS, CLUSTER, DISTANCE, PURIFIED, RESIDUAL, STATUS, UNIT
-from acsr_ray.corpus.changes import inspect_shard, list_corpus
+from acsr_ray.corpus.changes import folder_work, inspect_shard, list_corpus
 from acsr_ray.corpus.images import DecodeLimits
 from acsr_ray.corpus.ledger import Ledger
 from acsr_ray.corpus.snapshot import Receipt, Snapshot, total
+from acsr_ray.corpus.sources import ImageFolder
 from acsr_ray.corpus.units import UnitPlan
 from acsr_ray.purification.bundle import bundle_digest
 from acsr_ray.purification.stages import (
@@ -113,8 +114,12 @@ class Purify:
         }
         ledger.claim(bound, json.loads((self.bundle / "manifest.json").read_text()))
         entries, refused = {}, {}
-        for shard in list_corpus(str(corpus)):
-            work = inspect_shard(shard, UnitPlan(unit_rows=UNIT_ROWS), Snapshot(), FINGERPRINT)
+        source, plan = list_corpus(str(corpus)), UnitPlan(unit_rows=UNIT_ROWS)
+        if isinstance(source, ImageFolder):
+            works = [folder_work(source, plan, FINGERPRINT)]
+        else:
+            works = [inspect_shard(shard, plan, Snapshot(), FINGERPRINT) for shard in source]
+        for work in works:
             if not hasattr(work, "units"):
                 refused[work.uri] = work.reason
                 continue
@@ -323,20 +328,21 @@ class Browser:
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
-    def look(self, width: int, *, dark: bool = False, media: str = "", height: int = 900) -> bytes:
-        """Return a PNG of the whole page at a width in pixels."""
+    def resize(self, width: int, *, dark: bool = False, media: str = "") -> None:
+        """Show the page at a width in pixels, in the light or the dark, on a screen or as `print`."""
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", media=media, features=[scheme])
-        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
         self.call("Emulation.setDeviceMetricsOverride", **size)
-        tall = self.evaluate("Math.ceil(document.documentElement.getBoundingClientRect().height)")
+
+    def look(self, *, whole: bool = False) -> bytes:
+        """Return a PNG of what is in view, or of the whole page."""
+        if not whole:
+            return base64.b64decode(self.call("Page.captureScreenshot")["data"])
+        width, tall = self.evaluate("[innerWidth, document.documentElement.scrollHeight]")
         clip = {"x": 0, "y": 0, "width": width, "height": tall, "scale": 1}
         shot = self.call("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)
         return base64.b64decode(shot["data"])
-
-    def print(self) -> bytes:
-        """Return the page as PDF."""
-        return base64.b64decode(self.call("Page.printToPDF", printBackground=True)["data"])
 
     def _next(self) -> dict[str, Any]:
         ends = time.monotonic() + SECONDS

@@ -35,9 +35,9 @@ def test_page_and_json_lie_beside_the_record(purified, recorded):
 
 def test_the_same_output_gives_the_same_page(purified, recorded):
     page = purified.output / "_acsr" / "runs" / recorded / "report.html"
-    write_report(purified.ledger, recorded, images=4)
+    write_report(purified.ledger, recorded, images=2)
     first = page.read_bytes()
-    write_report(Ledger(str(purified.output)), recorded, images=4)
+    write_report(Ledger(str(purified.output)), recorded, images=2)
     assert page.read_bytes() == first
 
 

@@ -1,17 +1,28 @@
 """Pictures: the purified image of the row and the original that it was made of, or the reason for none."""
 
 import shutil
+from contextlib import nullcontext
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from acsr_ray.columns import PURIFIED
 from acsr_ray.corpus.images import DecodeLimits, decode_image
-from acsr_ray.reporting.pictures import SIDE, Located, take_pictures
+from acsr_ray.corpus.isolated import IsolatedDecoder
+from acsr_ray.reporting.pictures import SIDE, Located, _centre, _file, take_pictures
 from acsr_ray.reporting.sampling import places, scan
 
 LIMITS = DecodeLimits(max_side=4000)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_decoder():
+    """The isolated decoder, but one for all tests: each is a process, which takes a second to start."""
+    with IsolatedDecoder(LIMITS) as decoder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("acsr_ray.reporting.pictures.IsolatedDecoder", lambda *_: nullcontext(decoder))
+        yield
 
 
 def shoot(purified, source=None, rows=None):
@@ -97,6 +108,24 @@ def test_another_corpus_is_not_taken_for_the_original(
     assert {picture.missing for picture in pictures} == {"not the image that was purified"}
 
 
+def test_files_of_a_folder_are_found_and_nothing_beside_it(purify, smooth_pixels, encoded, tmp_path):
+    images = smooth_pixels(3, 16, 16, seed=3)
+    for number, image in enumerate(images):
+        path = tmp_path / "in" / "sub" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(image))
+    purified = purify(tmp_path / "in", str(tmp_path / "out"))
+    for picture, image in zip(shoot(purified), images, strict=True):
+        np.testing.assert_array_equal(picture.before, image)
+    (tmp_path / "in" / "sub" / "1.png").unlink()
+    missing = [picture.missing for picture in shoot(purified)]
+    assert missing == ["", "the file is no longer there, or cannot be read", ""]
+
+    (tmp_path / "secret.png").write_bytes(encoded(images[0]))
+    for path in ("../secret.png", "sub/../../secret.png", str(tmp_path / "secret.png"), "a::b", None, ""):
+        assert _file(str(tmp_path / "in"), path) == (None, "not the image that was purified")
+
+
 def test_an_original_that_was_kept_needs_no_input(purify, write_shard, tmp_path):
     write_shard(tmp_path / "in" / "a.parquet", count=4)
     purified = purify(tmp_path / "in", str(tmp_path / "out"), keep_original=True)
@@ -114,10 +143,8 @@ def test_a_large_image_shows_its_middle(purify, smooth_pixels, encoded, hf_table
     large, small = shoot(purified)
     assert not small.is_part
     assert (large.height, large.width) == (60, 60)
-    from acsr_ray.reporting import pictures
-
     whole = np.arange(300 * 200 * 3, dtype=np.uint32).astype(np.uint8).reshape(300, 200, 3)
-    np.testing.assert_array_equal(pictures._centre(whole), whole[70 : 70 + SIDE, 20 : 20 + SIDE])
+    np.testing.assert_array_equal(_centre(whole), whole[70 : 70 + SIDE, 20 : 20 + SIDE])
 
 
 def test_a_purified_image_that_was_touched_is_left_out(own):
@@ -125,8 +152,6 @@ def test_a_purified_image_that_was_touched_is_left_out(own):
     table = pq.read_table(path)
     cells = table["image"].to_pylist()
     cells[2]["bytes"] = b"no image"
-    import pyarrow as pa
-
     kind = table.schema.field("image")
     pq.write_table(
         table.set_column(table.column_names.index("image"), kind, pa.array(cells, kind.type)), path

@@ -128,3 +128,25 @@ def test_quantiles_lie_where_the_counts_are():
     assert bins.quantile(0.625) == 2
     assert bins.quantile(1) == 3
     assert math.isnan(Bins().quantile(0.5))
+
+
+def test_credentials_are_hidden(storage, snapshot):
+    settings = {
+        "s3": {"secret_key": "S3CR", "access_key": "S3CR", "endpoint": "http://user:S3CR@host:9000/x"},
+        "auth_token": "S3CR",
+        "api_key": None,
+        "uris": ["s3://id:S3CR@bucket/x", "s3://bucket/me@home"],
+        "image_column": "image",
+    }
+    fields = {
+        "settings": settings,
+        "input": "s3://id:S3CR@bucket/x",
+        "detail": "cannot read s3://id:S3CR@bucket/x",
+    }
+    record = read_record(fields, storage, snapshot)
+    assert "S3CR" not in record.model_dump_json()
+    assert record.settings["s3"]["endpoint"] == "http://host:9000/x"
+    assert record.settings["uris"][1] == "s3://bucket/me@home"
+    assert record.settings["image_column"] == "image"
+    assert record.settings["api_key"] is None
+    assert record.input == "s3://bucket/x"
