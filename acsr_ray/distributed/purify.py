@@ -255,6 +255,14 @@ def _check_failed(failed: Mapping[str, str]) -> None:
         raise FailedError(f"{len(failed)} units failed, the others are done: {shown}")
 
 
+def _check_left_out(ledger: Ledger) -> None:
+    """Raise `FailedError` if shards are purified and not in the Delta table."""
+    left_out = ledger.delta.left_out if ledger.delta else {}
+    if left_out:
+        shown = "; ".join(f"{name}: {why}" for name, why in islice(left_out.items(), SHOWN_FAILURES))
+        raise FailedError(f"all is purified, but {len(left_out)} shards are not in the Delta table: {shown}")
+
+
 class Pipelines:
     """Ray, from the first wave that needs it to the end of the run.
 
