@@ -24,9 +24,9 @@ from acsr_ray.corpus.isolated import DecoderSettings
 from acsr_ray.corpus.lease import Lease
 from acsr_ray.corpus.ledger import Ledger
 from acsr_ray.corpus.night import Night, NightSettings
-from acsr_ray.corpus.sources import CorpusError, ImageFolder, absolute_uri
+from acsr_ray.corpus.sources import CorpusError, absolute_uri
 from acsr_ray.corpus.stopping import StopRequest, stop_request
-from acsr_ray.corpus.units import Unit, UnitPlan, check_folder
+from acsr_ray.corpus.units import Unit, UnitPlan, check_source
 from acsr_ray.distributed.blocks import Stage, map_in_actors, unit_blocks
 from acsr_ray.distributed.overseer import start_overseer
 from acsr_ray.distributed.runtime import (
@@ -70,9 +70,10 @@ class PurifyCorpusSettings(JobSettings):
     """
 
     input: str | None = None
-    """Parquet file, folder of Parquet files, or folder of images; path or fsspec URI."""
+    """Parquet file or WebDataset tar, folder of either, or folder of images; path or URI (file, s3, gs, hf
+    and whatever else fsspec opens)."""
     output: str | None = None
-    """Folder on a disk that all nodes share, or s3:// or gs:// URI; the demo's default is ./demo."""
+    """Folder on a disk that all nodes share, or s3:// URI; the demo's default is ./demo."""
     bundle: str = DEFAULT_BUNDLE
     """What to purify with: a bundle's directory, or the name of a packaged one."""
     reconstruction: Reconstruction | None = None
@@ -96,7 +97,7 @@ class PurifyCorpusSettings(JobSettings):
     demo: bool = False
     """Build a corpus and a bundle from scikit-learn's digits, attack, purify, and write a report."""
     image_column: str = IMAGE
-    """Column with the images: a struct {bytes, path} or plain binary."""
+    """Column of Parquet shards with the images: a struct {bytes, path} or plain binary."""
     unit_rows: int = Field(256, ge=1)
     """Most rows per unit, which is what a rerun skips or redoes as a whole."""
     unit_megabytes: float = Field(32.0, gt=0)
@@ -173,8 +174,7 @@ def purify_corpus(settings: PurifyCorpusSettings) -> dict[str, Any]:
         # Again, and listed only now: another run may have ended since.
         ledger.check(bound, manifest, anew=settings.anew)
         source = list_corpus(settings.input)
-        if isinstance(source, ImageFolder):
-            check_folder(source, settings.input, settings.image_column)
+        check_source(source, settings.input, settings.image_column)
         stop.check()
         ledger.claim(bound, manifest)
 
