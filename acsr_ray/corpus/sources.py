@@ -26,8 +26,14 @@ IMAGE_SUFFIXES = frozenset(
 )
 """Files of a folder that are rows. A listed format that the decoder refuses is quarantined, not skipped."""
 
-STAMPS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created")
+STAMPS = (
+    *("ETag", "etag", "blob_id", "xet_hash"),
+    *("mtime", "LastModified", "last_modified", "updated", "created"),
+)
 """What file systems call the mark of a version, most telling first."""
+
+DIGESTS = ("md5Hash", "xet_hash", "blob_id")
+"""What stores call a digest of the content that follows from nothing else."""
 
 
 class CorpusError(AcsrError, ValueError):
@@ -162,6 +168,8 @@ def _shard(fs: fsspec.AbstractFileSystem, relative: str, info: dict[str, Any]) -
     tag = str(info.get("ETag") or info.get("etag") or "")
     # A weak tag promises the same meaning, not the same bytes.
     digest = f"etag {tag}" if tag and not tag.startswith("W/") else ""
+    # Google's tags change with permissions too; the Hub has none, but names files after their content.
+    digest = next((f"{name} {info[name]}" for name in DIGESTS if info.get(name)), digest)
     return Shard(fs.unstrip_protocol(info["name"]), relative, _version(info), digest)
 
 

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Self
 
-import fsspec
 import pyarrow as pa
 
 from acsr_ray.artifacts import json_digest
@@ -30,6 +29,7 @@ from acsr_ray.corpus.sources import (
     version_of,
 )
 from acsr_ray.corpus.webdataset import index_tar, read_samples, tell_left_out
+from acsr_ray.storage import open_filesystem
 
 logger = logging.getLogger(__name__)
 
@@ -215,7 +215,8 @@ def _tar_units(shard: Shard, plan: UnitPlan, content: str) -> Iterator[Unit]:
 
 
 def _file_digest(uri: str) -> str:
-    with fsspec.open(uri, "rb").open() as file:
+    fs, path = open_filesystem(uri)
+    with fs.open(path, "rb") as file:
         digest = hashlib.sha256()
         while block := file.read(2**22):
             digest.update(block)
@@ -311,7 +312,8 @@ def _file_bytes(uri: str) -> bytes | None:
         logger.warning("%s cannot be read: its name has %r", uri, CHAIN)
         return None
     try:
-        with fsspec.open(uri, "rb").open() as file:
+        fs, path = open_filesystem(uri)
+        with fs.open(path, "rb") as file:
             data: bytes = file.read()
             return data
     except (FileNotFoundError, PermissionError) as error:

@@ -37,6 +37,7 @@ from acsr_ray.distributed.runtime import (
 )
 from acsr_ray.distributed.watching import Watch, WatchedChain
 from acsr_ray.distributed.wave import Limits, check_room, run_wave
+from acsr_ray.filesystems import Connection, StorageSettings, connected, resolve_connection
 from acsr_ray.models.targets import absolute_location
 from acsr_ray.purification.bundle import (
     ALGORITHM_VERSION,
@@ -112,6 +113,10 @@ class PurifyCorpusSettings(JobSettings):
     """Seconds that a stage may work on one unit before its worker is taken for hung and killed."""
     min_free_megabytes: int = Field(256, ge=0)
     """Room that must be left on the output's disk; below it the job stops cleanly."""
+    storage: StorageSettings = StorageSettings()
+    """How the stores of input and output are reached."""
+    input_storage: StorageSettings = StorageSettings()
+    """What differs for the input."""
     device: Device = "auto"
     """Where encoder and solver run; auto takes GPUs when the cluster has some."""
     decode: DecodeLimits = DecodeLimits()
@@ -125,6 +130,12 @@ class PurifyCorpusSettings(JobSettings):
     def min_free_bytes(self) -> int:
         """`min_free_megabytes` in bytes."""
         return self.min_free_megabytes * 2**20
+
+    @property
+    def connection(self) -> Connection:
+        """How input and output are reached; `StorageLocationError` where a variable is not set."""
+        output = absolute_uri(self.output) if self.output else ""
+        return resolve_connection(self.storage, self.input_storage, output)
 
     @property
     def plan(self) -> UnitPlan:
@@ -153,11 +164,16 @@ def purify_corpus(settings: PurifyCorpusSettings) -> dict[str, Any]:
     """
     if not settings.input or not settings.output:
         raise CorpusError("--input and --output are needed (or --demo, which needs neither)")
-    ledger = Ledger(_output_location(settings.output, settings.input))
+    with connected(settings.connection):
+        return _purify_corpus(settings, settings.input, settings.output)
+
+
+def _purify_corpus(settings: PurifyCorpusSettings, location: str, output: str) -> dict[str, Any]:
+    ledger = Ledger(_output_location(output, location))
     deciding = deciding_settings(settings)
     bound = {
         **deciding,
-        "input": absolute_uri(settings.input),
+        "input": absolute_uri(location),
         "limit": settings.limit,
         "unit_rows": settings.unit_rows,
         "unit_megabytes": settings.unit_megabytes,
@@ -165,7 +181,7 @@ def purify_corpus(settings: PurifyCorpusSettings) -> dict[str, Any]:
     load_bundle(settings.bundle).config.with_reconstruction(settings.reconstruction)
     manifest = json.loads((find_bundle(settings.bundle) / MANIFEST).read_bytes())
     ledger.check(bound, manifest, anew=settings.anew)
-    check_there(settings.input)
+    check_there(location)
     asked = NightSettings(settings.plan, json_digest(deciding), settings.limit, settings.wave_units)
     started = time.perf_counter()
     with stop_request() as stop, Lease(ledger.storage) as lease, Pipelines(settings, stop) as pipelines:
@@ -173,8 +189,8 @@ def purify_corpus(settings: PurifyCorpusSettings) -> dict[str, Any]:
         ledger.storage.check_conditional()
         # Again, and listed only now: another run may have ended since.
         ledger.check(bound, manifest, anew=settings.anew)
-        source = list_corpus(settings.input)
-        check_source(source, settings.input, settings.image_column)
+        source = list_corpus(location)
+        check_source(source, location, settings.image_column)
         stop.check()
         ledger.claim(bound, manifest)
 
@@ -225,7 +241,7 @@ class Pipelines:
         if self._overseer is None:
             self._open.enter_context(ray_session(settings.ray))
             self._stop.listen()
-            self._overseer = start_overseer(storage.root)
+            self._overseer = start_overseer(storage.root, settings.connection)
         shares = share_resources(settings.device, settings.ray, len(units))
         logger.info("batch size %d, %s", settings.batch_size, shares)
         context = ray.data.DataContext.get_current()
