@@ -228,4 +228,7 @@ def open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
         raise MissingExtraError(f"{uri} needs a library: {told}") from error
     except ValueError as error:
         raise StorageLocationError(f"{uri} cannot be opened: {error}") from error
+    if protocol in (*GOOGLE, *HUB):
+        # The Hub's remembers listings whatever it is told, and what changed would look as it was before.
+        fs.invalidate_cache()
     return fs, path.rstrip("/")
