@@ -8,6 +8,7 @@ command goes on where it stopped.
 import contextlib
 import errno
 import hashlib
+import importlib
 import logging
 import os
 import random
@@ -20,10 +21,9 @@ from functools import cache
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-import fsspec
-from fsspec.core import url_to_fs
-
-from acsr_ray.config import AcsrError, MissingExtraError, ResumableStop
+from acsr_ray.config import ResumableStop
+from acsr_ray.filesystems import StorageLocationError as StorageLocationError
+from acsr_ray.filesystems import open_filesystem as open_filesystem
 
 logger = logging.getLogger(__name__)
 
@@ -40,14 +40,17 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 10.0
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ENETDOWN)
 """What disks, network disks above all, may answer once and not the next time."""
+NETWORK_ERRORS = (
+    ("aiohttp", "ClientError"),
+    ("botocore.exceptions", "BotoCoreError"),
+    ("httpx", "TransportError"),
+    ("google.auth.exceptions", "TransportError"),
+)
+"""What the libraries of s3, gs and hf raise over the network, where they are installed."""
 
 
 class StorageError(ResumableStop):
     """A storage that did not answer, or is full; nothing published is lost, the same command goes on."""
-
-
-class StorageLocationError(AcsrError, ValueError):
-    """A location that an output cannot be in."""
 
 
 class Storage(Protocol):
@@ -140,12 +143,10 @@ def _told(error: BaseException) -> str:
 def _passing_errors() -> tuple[type[Exception], ...]:
     """Return what storages raise; the network's own errors are no OSErrors."""
     found: list[type[Exception]] = [OSError]
-    try:
-        from aiohttp import ClientError
-        from botocore.exceptions import BotoCoreError
-    except ImportError:
-        return tuple(found)
-    return (*found, ClientError, BotoCoreError)
+    for module, name in NETWORK_ERRORS:
+        with contextlib.suppress(ImportError):
+            found.append(getattr(importlib.import_module(module), name))
+    return tuple(found)
 
 
 def _may_pass(error: Exception) -> bool:
@@ -306,8 +307,7 @@ def _sync(folder: Path) -> None:
 class ObjectStorage:
     """A prefix of an object store, where one request writes an object as a whole or not at all.
 
-    Endpoint and credentials come from the environment, as the store's own tools take them
-    (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID` and so on).
+    Endpoint and credentials are those of the process; see `acsr_ray.filesystems`.
 
     Args:
         root: URI of the prefix.
@@ -422,26 +422,3 @@ def _is_refused(error: OSError) -> bool:
     response = getattr(error.__cause__, "response", None) or {}
     status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
     return status == 412 or response.get("Error", {}).get("Code") in ("412", "PreconditionFailed")
-
-
-def open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """Return the file system of a URI, which remembers no listings, and the path in it.
-
-    Raises:
-        MissingExtraError: its library is not installed.
-    """
-    protocol = uri.partition("://")[0]
-    options: dict[str, object] = {}
-    if protocol in ("s3", "s3a"):
-        # Short, because `patiently` tries again; a hung connection must not pass for a long answer.
-        waits = {
-            "connect_timeout": 10,
-            "read_timeout": 60,
-            "retries": {"mode": "standard", "max_attempts": 2},
-        }
-        options = {"use_listings_cache": False, "config_kwargs": waits}
-    try:
-        fs, path = url_to_fs(uri, **options)
-    except ImportError as error:
-        raise MissingExtraError(f"{uri} needs a library: pip install 'acsr-ray[s3]' ({error})") from error
-    return fs, path.rstrip("/")

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("config", "columns"),
+    ("filesystems",),
     ("artifacts", "storage"),
     ("sparse", "clustering", "attacks", "models", "corpus", "defenses"),
     ("purification",),

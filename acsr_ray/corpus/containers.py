@@ -11,7 +11,7 @@ import binascii
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, Protocol
+from typing import Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,27 +19,11 @@ from pydantic import Field
 
 from acsr_ray.columns import PREFIX
 from acsr_ray.config import Settings
+from acsr_ray.corpus.container_errors import ContainerCode as ContainerCode
+from acsr_ray.corpus.container_errors import ContainerError as ContainerError
 from acsr_ray.corpus.footer import Footer, FooterError, FooterTooLargeError, read_footer
-from acsr_ray.corpus.sources import CHAIN, CorpusError
+from acsr_ray.corpus.sources import CHAIN
 from acsr_ray.storage import open_filesystem
-
-ContainerCode = Literal[
-    "truncated",
-    "not_parquet",
-    "encrypted",
-    "footer_too_large",
-    "too_large",
-    "unsupported_schema",
-    "extension_type",
-    "unreadable",
-    "no_image_column",
-    "wrong_type",
-    "purified_before",
-]
-"""Why a shard is refused: it ends early; is another format; is encrypted; has a footer longer than the limit;
-more rows, row groups or bytes than the limits; columns of kinds that no corpus here needs, too many or too
-deeply nested; columns of Arrow extension types; is damaged; has no image column; one that holds no bytes;
-was purified before."""
 
 MAGIC, ENCRYPTED = b"PAR1", b"PARE"
 TAIL_BYTES = 2**16
@@ -48,23 +32,6 @@ END_BYTES = 8
 """Length of the footer and magic bytes, which end the file."""
 ARROW_SCHEMA = b"ARROW:schema"
 EXTENSION_KEY = b"ARROW:extension"
-
-
-class ContainerError(CorpusError):
-    """A Parquet file that is refused; the message names it.
-
-    Args:
-        code: why, one of `ContainerCode`.
-        message: for people.
-    """
-
-    def __init__(self, code: ContainerCode, message: str) -> None:
-        # Both are arguments, so that it can travel between processes.
-        super().__init__(code, message)
-        self.code = code
-
-    def __str__(self) -> str:
-        return str(self.args[1])
 
 
 class ContainerLimits(Settings):

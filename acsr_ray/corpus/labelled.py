@@ -109,6 +109,8 @@ def parquet_shards(locations: Sequence[str]) -> list[str]:
         source = find_source(location)
         if isinstance(source, ImageFolder):
             raise CorpusError(f"{location} is an image folder; this job reads Parquet shards")
+        if source[0].is_tar:
+            raise CorpusError(f"{location} is made of tars; this job reads Parquet shards")
         shards += [shard.uri for shard in source]
     return shards
 

@@ -1,4 +1,4 @@
-"""Units of work: a run of rows of one shard, planned from Parquet footers alone.
+"""Units of work: a run of rows of one shard, planned from Parquet footers or tar headers alone.
 
 A unit is what is read, purified, published and skipped as a whole. Its content key changes when the shard's
 bytes do, so a rewritten shard is redone and an untouched one is not.
@@ -12,11 +12,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Self
 
-import fsspec
 import pyarrow as pa
 
 from acsr_ray.artifacts import json_digest
 from acsr_ray.columns import IMAGE, LABEL
+from acsr_ray.corpus.container_errors import ContainerError
 from acsr_ray.corpus.containers import check_schema, open_parquet
 from acsr_ray.corpus.schema import IMAGE_TYPE, image_features
 from acsr_ray.corpus.sources import (
@@ -28,6 +28,8 @@ from acsr_ray.corpus.sources import (
     find_source,
     version_of,
 )
+from acsr_ray.corpus.webdataset import index_tar, read_samples, tell_left_out
+from acsr_ray.storage import open_filesystem
 
 logger = logging.getLogger(__name__)
 
@@ -46,13 +48,16 @@ class Unit:
     content: str
     """Digest of what decides the input pixels."""
     files: tuple[tuple[str, str, int | None], ...] = ()
-    """(uri, relative path, label) of each image; empty for Parquet."""
+    """(uri, relative path, label) of each image; empty for shards."""
     class_names: tuple[str, ...] = ()
     """Names of an image folder's sub-folders."""
     version: str = ""
     """Size and time of the shard when it was planned; tells that `content` still holds without reading."""
     generation: int = 0
     """Number of the retry that asked for these rows again after they had been published; 0: none did."""
+    span: tuple[int, ...] = ()
+    """Where its rows are in a tar: the bytes of their start and end, and the row at the start. Empty for
+    others."""
 
     @property
     def num_rows(self) -> int:
@@ -85,7 +90,8 @@ class Unit:
         """Restore from `to_json`."""
         fields = json.loads(text)
         files = tuple(tuple(file) for file in fields["files"])
-        return cls(**{**fields, "files": files, "class_names": tuple(fields["class_names"])})
+        names, span = tuple(fields["class_names"]), tuple(fields["span"])
+        return cls(**{**fields, "files": files, "class_names": names, "span": span})
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,7 @@ class UnitPlan:
     """How a corpus is cut into units."""
 
     image_column: str = IMAGE
-    """Name of the image column in Parquet shards."""
+    """Name of the image column in Parquet shards; tars and folders have `image`."""
     unit_rows: int = 256
     """Most rows of a unit."""
     unit_megabytes: float = 32.0
@@ -132,8 +138,8 @@ def plan_units(
     """
     plan = UnitPlan(image_column, unit_rows, unit_megabytes, purified)
     source = find_source(location)
+    check_source(source, location, image_column)
     if isinstance(source, ImageFolder):
-        check_folder(source, location, image_column)
         planned = folder_units(source, plan)
     else:
         planned = (unit for shard in source for unit in shard_units(shard, plan))
@@ -143,12 +149,18 @@ def plan_units(
     return units
 
 
-def check_folder(folder: ImageFolder, location: str, image_column: str) -> None:
-    """Raise `CorpusError` if a folder of images is asked for a column that it has not."""
+def check_source(source: list[Shard] | ImageFolder, location: str, image_column: str) -> None:
+    """Raise `CorpusError` if images are asked for by a column that this kind of corpus has not."""
+    if isinstance(source, ImageFolder):
+        if source.num_skipped:
+            logger.info("%d files of %s are not images by their names", source.num_skipped, location)
+        kind = "a folder of images"
+    elif source[0].is_tar:
+        kind = "made of tars"
+    else:
+        return
     if image_column != IMAGE:
-        raise CorpusError(f"{location} is a folder of images, whose column is always {IMAGE!r}")
-    if folder.num_skipped:
-        logger.info("%d files of %s are not images by their names", folder.num_skipped, location)
+        raise CorpusError(f"{location} is {kind}, whose column is always {IMAGE!r}")
 
 
 def limited(units: Iterable[Unit], limit: int | None) -> Iterator[Unit]:
@@ -171,7 +183,7 @@ def shard_units(shard: Shard, plan: UnitPlan, content: str = "") -> Iterator[Uni
     """Cut one shard into units.
 
     Args:
-        shard: a Parquet file.
+        shard: a Parquet file or a tar.
         plan: how.
         content: digest of its bytes where that is known; else the store's own, else all of it is read.
 
@@ -179,6 +191,9 @@ def shard_units(shard: Shard, plan: UnitPlan, content: str = "") -> Iterator[Uni
         ContainerError: it is damaged, hostile, or has no images to purify.
         OSError: the store does not deliver it.
     """
+    if shard.is_tar:
+        yield from _tar_units(shard, plan, content)
+        return
     facts = parquet_facts(shard, plan)
     if not facts.num_rows:
         return
@@ -212,8 +227,20 @@ def parquet_units(shard: Shard, plan: UnitPlan, facts: ParquetFacts, content: st
         yield Unit(shard.uri, shard.relative, first, last, content, version=shard.version)
 
 
+def _tar_units(shard: Shard, plan: UnitPlan, content: str) -> Iterator[Unit]:
+    index = index_tar(shard.uri, plan.unit_rows, plan.unit_megabytes * 2**20 / EXPANSION)
+    tell_left_out(index, shard.uri)
+    if not index.runs:
+        return
+    content = content or shard.digest or _file_digest(shard.uri)
+    for run in index.runs:
+        span = (run.start, run.end, run.first)
+        yield Unit(shard.uri, shard.relative, run.first, run.last, content, version=shard.version, span=span)
+
+
 def _file_digest(uri: str) -> str:
-    with fsspec.open(uri, "rb").open() as file:
+    fs, path = open_filesystem(uri)
+    with fs.open(path, "rb") as file:
         digest = hashlib.sha256()
         while block := file.read(2**22):
             digest.update(block)
@@ -255,6 +282,33 @@ def read_unit(unit: Unit) -> pa.Table:
     """
     if unit.files:
         return _read_files(unit)
+    try:
+        table = _read_tar(unit) if unit.span else _read_parquet(unit)
+    except ContainerError:
+        # What is damaged at places that were planned may be another file by now.
+        if unit.span and _is_changed(unit):
+            raise _changed(unit) from None
+        raise
+    # After the rows, so that what was read is of the version that was planned.
+    if table.num_rows != unit.num_rows or _is_changed(unit):
+        raise _changed(unit)
+    return table
+
+
+def _is_changed(unit: Unit) -> bool:
+    return bool(unit.version) and version_of(unit.uri) != unit.version
+
+
+def _changed(unit: Unit) -> ShardChangedError:
+    return ShardChangedError(f"{unit.uri} changed after it was planned: rows {unit.first}..{unit.last}")
+
+
+def _read_tar(unit: Unit) -> pa.Table:
+    start, end, row = unit.span
+    return read_samples(unit.uri, (start, end, row), unit.first, unit.last)
+
+
+def _read_parquet(unit: Unit) -> pa.Table:
     with open_parquet(unit.uri) as file:
         metadata, groups, skipped, start = file.metadata, [], 0, 0
         for group in range(metadata.num_row_groups):
@@ -264,11 +318,7 @@ def read_unit(unit: Unit) -> pa.Table:
             elif start <= unit.last:
                 groups.append(group)
             start = end
-        table = file.read_row_groups(groups).slice(unit.first - skipped, unit.num_rows)
-    # After the rows, so that what was read is of the version that was planned.
-    same = not unit.version or version_of(unit.uri) == unit.version
-    if table.num_rows != unit.num_rows or not same:
-        raise ShardChangedError(f"{unit.uri} changed after it was planned: rows {unit.first}..{unit.last}")
+        table: pa.Table = file.read_row_groups(groups).slice(unit.first - skipped, unit.num_rows)
     return table
 
 
@@ -286,7 +336,8 @@ def _file_bytes(uri: str) -> bytes | None:
         logger.warning("%s cannot be read: its name has %r", uri, CHAIN)
         return None
     try:
-        with fsspec.open(uri, "rb").open() as file:
+        fs, path = open_filesystem(uri)
+        with fs.open(path, "rb") as file:
             data: bytes = file.read()
             return data
     except (FileNotFoundError, PermissionError) as error:

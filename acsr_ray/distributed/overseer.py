@@ -9,8 +9,10 @@ import ray
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from acsr_ray.config import AcsrError
 from acsr_ray.corpus.attempts import AttemptBook, Orders
 from acsr_ray.corpus.ledger import Ledger
+from acsr_ray.filesystems import Connection, connect
 from acsr_ray.storage import StorageError
 
 logger = logging.getLogger(__name__)
@@ -24,8 +26,24 @@ class Overseer:
     """
 
     def __init__(self, output: str) -> None:
-        self._ledger = Ledger(output)
+        self._output = output
+        self._connection = Connection()
+
+    def open(self, connection: Connection) -> None:
+        """Open the output; no other method is called before.
+
+        Args:
+            connection: how stores are reached. It comes as an argument of a call, which stays between the two
+                processes; arguments of the constructor would be kept by Ray's head.
+        """
+        connect(connection)
+        self._connection = connection
+        self._ledger = Ledger(self._output)
         self._book = AttemptBook(self._ledger.attempts())
+
+    def connection(self) -> Connection:
+        """Return how stores are reached, for the workers of stages."""
+        return self._connection
 
     def begin(self, stage: str, unit: str, **attempt: Any) -> Orders:  # noqa: ANN401  (as in AttemptBook)
         """Begin a unit; what fell is written down, to be known after the driver's death too."""
@@ -98,9 +116,24 @@ class Overseer:
         return late, self._book.stillborn(), time.monotonic() - self._book.last_event
 
 
-def start_overseer(output: str) -> "ActorHandle[Any]":
-    """Start the actor on the driver's own node, so that it lives as long as the driver does."""
+def start_overseer(output: str, connection: Connection) -> "ActorHandle[Any]":
+    """Start the actor on the driver's own node, so that it lives as long as the driver does.
+
+    Args:
+        output: whose units are worked on.
+        connection: how it and the workers of stages reach stores.
+
+    Raises:
+        StorageError: it cannot reach the output.
+    """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor: Any = ray.remote(Overseer).options(num_cpus=0, scheduling_strategy=here)
     handle: ActorHandle[Any] = actor.remote(output)
+    opened: Any = handle
+    try:
+        ray.get(opened.open.remote(connection))
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, AcsrError):
+            raise error.cause from None
+        raise
     return handle

@@ -15,9 +15,9 @@ from acsr_ray.artifacts import MANIFEST, json_digest
 from acsr_ray.config import ConfigError, Device, FailedError, Settings
 from acsr_ray.corpus.changes import check_there, list_corpus
 from acsr_ray.corpus.ledger import Ledger
-from acsr_ray.corpus.sources import CorpusError, ImageFolder
+from acsr_ray.corpus.sources import CorpusError
 from acsr_ray.corpus.survey import OutputState, Problem, Survey, survey_corpus
-from acsr_ray.corpus.units import check_folder
+from acsr_ray.corpus.units import check_source
 from acsr_ray.distributed.plan_table import plan_table
 from acsr_ray.distributed.purify import (
     PurifyCorpusSettings,
@@ -105,8 +105,7 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
     output = _look_at_output(settings)
     check_there(settings.input)
     source = list_corpus(settings.input)
-    if isinstance(source, ImageFolder):
-        check_folder(source, settings.input, settings.image_column)
+    check_source(source, settings.input, settings.image_column)
     survey = survey_corpus(source, settings.plan, output.state, settings.limit)
     listing_s = time.perf_counter() - began
     content = _content(settings, survey, output, listing_s)

@@ -30,7 +30,7 @@ from acsr_ray.corpus.retry_request import RetryRequest, named_as
 from acsr_ray.corpus.run_record import RunAbout, RunTally
 from acsr_ray.corpus.sources import CorpusError, ImageFolder, absolute_uri
 from acsr_ray.corpus.stopping import StopRequest, stop_request
-from acsr_ray.corpus.units import Unit, UnitPlan, check_folder
+from acsr_ray.corpus.units import Unit, UnitPlan, check_source
 from acsr_ray.distributed.blocks import Stage, map_in_actors, unit_blocks
 from acsr_ray.distributed.metrics import RunMetrics
 from acsr_ray.distributed.overseer import start_overseer
@@ -42,6 +42,7 @@ from acsr_ray.distributed.runtime import (
 )
 from acsr_ray.distributed.watching import Watch, WatchedChain
 from acsr_ray.distributed.wave import Limits, check_room, run_wave
+from acsr_ray.filesystems import Connection, StorageSettings, connected, resolve_connection
 from acsr_ray.models.targets import absolute_location
 from acsr_ray.purification.bundle import (
     ALGORITHM_VERSION,
@@ -77,9 +78,10 @@ class PurifyCorpusSettings(JobSettings):
     """
 
     input: str | None = None
-    """Parquet file, folder of Parquet files, or folder of images; path or fsspec URI."""
+    """Parquet file or WebDataset tar, folder of either, or folder of images; path or URI (file, s3, gs, hf
+    and whatever else fsspec opens)."""
     output: str | None = None
-    """Folder on a disk that all nodes share, or s3:// or gs:// URI; the demo's default is ./demo."""
+    """Folder on a disk that all nodes share, or s3:// URI; the demo's default is ./demo."""
     bundle: str = DEFAULT_BUNDLE
     """What to purify with: a bundle's directory, or the name of a packaged one."""
     reconstruction: Reconstruction | None = None
@@ -105,7 +107,7 @@ class PurifyCorpusSettings(JobSettings):
     demo: bool = False
     """Build a corpus and a bundle from scikit-learn's digits, attack, purify, and write a report."""
     image_column: str = IMAGE
-    """Column with the images: a struct {bytes, path} or plain binary."""
+    """Column of Parquet shards with the images: a struct {bytes, path} or plain binary."""
     unit_rows: int = Field(256, ge=1)
     """Most rows per unit, which is what a rerun skips or redoes as a whole."""
     unit_megabytes: float = Field(32.0, gt=0)
@@ -122,6 +124,10 @@ class PurifyCorpusSettings(JobSettings):
     """Stop, and remove nothing, where more than this share of what was purified is no longer in the input."""
     min_free_megabytes: int = Field(256, ge=0)
     """Room that must be left on the output's disk; below it the job stops cleanly."""
+    storage: StorageSettings = StorageSettings()
+    """How the stores of input and output are reached."""
+    input_storage: StorageSettings = StorageSettings()
+    """What differs for the input."""
     device: Device = "auto"
     """Where encoder and solver run; auto takes GPUs when the cluster has some."""
     decode: DecodeLimits = DecodeLimits()
@@ -135,6 +141,12 @@ class PurifyCorpusSettings(JobSettings):
     def min_free_bytes(self) -> int:
         """`min_free_megabytes` in bytes."""
         return self.min_free_megabytes * 2**20
+
+    @property
+    def connection(self) -> Connection:
+        """How input and output are reached; `StorageLocationError` where a variable is not set."""
+        output = absolute_uri(self.output) if self.output else ""
+        return resolve_connection(self.storage, self.input_storage, output)
 
     @property
     def plan(self) -> UnitPlan:
@@ -167,7 +179,14 @@ def purify_corpus(settings: PurifyCorpusSettings, retry: RetryRequest | None = N
     """
     if not settings.input or not settings.output:
         raise CorpusError("--input and --output are needed (or --demo, which needs neither)")
-    ledger = Ledger(output_location(settings.output, settings.input))
+    with connected(settings.connection):
+        return _purify_corpus(settings, settings.input, settings.output, retry)
+
+
+def _purify_corpus(
+    settings: PurifyCorpusSettings, location: str, output: str, retry: RetryRequest | None
+) -> dict[str, Any]:
+    ledger = Ledger(output_location(output, location))
     deciding = deciding_settings(settings)
     bound = binding_settings(settings, deciding)
     load_bundle(settings.bundle).config.with_reconstruction(settings.reconstruction)
@@ -180,7 +199,7 @@ def purify_corpus(settings: PurifyCorpusSettings, retry: RetryRequest | None = N
             retry.check(ledger, bound)
 
     check()
-    check_there(settings.input)
+    check_there(location)
     asked = NightSettings(
         settings.plan,
         json_digest(deciding),
@@ -201,9 +220,8 @@ def purify_corpus(settings: PurifyCorpusSettings, retry: RetryRequest | None = N
         check()
         about = about_run(settings, bound, ledger, lease)
         with ObservedRun(about, tally, ledger.storage, is_ours=lambda: not lease.is_lost):
-            source = list_corpus(settings.input)
-            if isinstance(source, ImageFolder):
-                check_folder(source, settings.input, settings.image_column)
+            source = list_corpus(location)
+            check_source(source, location, settings.image_column)
             stop.check()
             if retry is None:
                 ledger.claim(bound, manifest)
@@ -289,7 +307,7 @@ class Pipelines:
         if self._overseer is None:
             self._open.enter_context(ray_session(settings.ray))
             self._stop.listen()
-            self._overseer = start_overseer(storage.root)
+            self._overseer = start_overseer(storage.root, settings.connection)
         shares = share_resources(settings.device, settings.ray, len(units))
         logger.info("batch size %d, %s", settings.batch_size, shares)
         context = ray.data.DataContext.get_current()

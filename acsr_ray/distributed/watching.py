@@ -19,6 +19,7 @@ from acsr_ray.corpus.ledger import LateAttemptError
 from acsr_ray.corpus.units import ShardChangedError, Unit
 from acsr_ray.distributed.blocks import Stage, StageChain, chain_name
 from acsr_ray.distributed.joining import check_environment
+from acsr_ray.filesystems import connect
 from acsr_ray.purification.failures import (
     FailureKind,
     StageError,
@@ -74,6 +75,8 @@ class WatchedChain(StageChain):
         check_environment()
         if not ray.get(watch.overseer.starting.remote(self.name, watch.actors)):
             raise StartError(f"workers of {self.name} die before they are ready")
+        # The driver's endpoints and credentials: other nodes have an environment of their own.
+        connect(ray.get(watch.overseer.connection.remote()))
         super().__init__(stages)
         ray.get(watch.overseer.started.remote(self.name))
         self.node: str = ray.get_runtime_context().get_node_id()

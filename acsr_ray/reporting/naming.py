@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from acsr_ray.artifacts import ArtifactError
-from acsr_ray.corpus.ledger import BUNDLE, RUN
+from acsr_ray.corpus.binding import BUNDLE, RUN
 from acsr_ray.purification.bundle import bundle_digest, load_bundle
 from acsr_ray.reporting.record import RunRecord
 from acsr_ray.reporting.sampling import ClusterKey

@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import tarfile
 from dataclasses import asdict
 
 import pyarrow as pa
@@ -355,3 +356,81 @@ def test_partial_progress_of_a_folder_is_committed_night_by_night(tmp_path):
     assert night(lambda unit: "given_up" if unit.first == 8 else None) == 10
     assert night(lambda unit: None) == 12
     assert keys(tmp_path / "out") == list(range(12))
+
+
+def write_tar(path, numbers):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for number in numbers:
+            data = b"image %d" % number
+            info = tarfile.TarInfo(f"{number:03d}.png")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def tar_keys(output):
+    ledger, found = Ledger(str(output)), []
+    for name in sorted(ledger.published()):
+        found += pq.read_table(io.BytesIO(ledger.storage.read(f"data/{name}")))["__key__"].to_pylist()
+    return [int(key) for key in found]
+
+
+def test_nights_over_tars(tmp_path):
+    """All of them, then the new one, the changed one, a damaged one, one that goes, and nothing."""
+    source, output = tmp_path / "in", tmp_path / "out"
+    for shard in range(3):
+        write_tar(source / f"part-{shard}.tar", range(10 * shard, 10 * shard + 10))
+    spend(source, output)
+    assert tar_keys(output) == list(range(30))
+    (source / "part-0.tar").touch()
+    assert not spend(source, output)[1].units
+    write_tar(source / "part-1.tar", range(100, 105))
+    write_tar(source / "part-3.tar", range(30, 34))
+    _, purifier = spend(source, output)
+    assert {unit.relative for unit in purifier.units} == {"part-1", "part-3"}
+    assert tar_keys(output) == [*range(10), *range(100, 105), *range(20, 34)]
+    whole = (source / "part-2.tar").read_bytes()
+    (source / "part-2.tar").write_bytes(whole[:3000])
+    (source / "part-0.tar").unlink()
+    night, purifier = spend(source, output)
+    assert not purifier.units
+    ((uri, told),) = night.refused.items()
+    assert uri.endswith("part-2.tar")
+    assert told.startswith("truncated: ")
+    # The last good rows of what is damaged now stay, those of what is gone do not.
+    assert tar_keys(output) == [*range(100, 105), *range(20, 34)]
+    (source / "part-2.tar").write_bytes(whole)
+    assert "nothing to do" in spend(source, output)[0].summary(1.0)["this run"]
+
+
+def test_a_tar_that_changes_is_planned_anew_and_never_mixed(tmp_path):
+    source, changed = tmp_path / "in", []
+    for shard in range(2):
+        write_tar(source / f"part-{shard}.tar", range(10 * shard, 10 * shard + 10))
+
+    def fails(unit):
+        if unit.relative == "part-1" and unit.first == 4 and not changed:
+            changed.append(1)
+            write_tar(source / "part-1.tar", range(100, 107))
+            return "changed"
+        return None
+
+    spend(source, tmp_path / "out", fails, wave_units=5)
+    assert sorted(tar_keys(tmp_path / "out")) == [*range(10), *range(100, 107)]
+
+
+def test_units_of_a_tar_are_halved(tmp_path):
+    write_tar(tmp_path / "in" / "a.tar", range(11))
+    spend(tmp_path / "in", tmp_path / "out", lambda unit: "too_large" if unit.num_rows > 2 else None, rows=11)
+    assert tar_keys(tmp_path / "out") == list(range(11))
+
+
+def test_a_folder_of_tars_becomes_parquet_under_the_same_names(tmp_path):
+    """The shard's name stays, its rows are those of the new kind."""
+    source, output = tmp_path / "in", tmp_path / "out"
+    write_shard(source / "part-0.parquet", range(10))
+    spend(source, output)
+    (source / "part-0.parquet").unlink()
+    write_tar(source / "part-0.tar", range(5))
+    spend(source, output)
+    assert tar_keys(output) == list(range(5))

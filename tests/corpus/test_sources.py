@@ -85,9 +85,9 @@ def test_image_folder_without_classes(tmp_path):
     ("names", "location", "message"),
     [
         ((), "nowhere", "does not exist"),
-        (("a.csv",), "a.csv", "neither a .parquet file nor a folder"),
-        (("a.png",), "a.png", "neither a .parquet file nor a folder"),
-        (("in/a.csv", "in/.b.parquet", "in/.c/d.png"), "in", "neither Parquet shards nor images"),
+        (("a.csv",), "a.csv", "neither a .parquet or .tar file nor a folder"),
+        (("a.png",), "a.png", "neither a .parquet or .tar file nor a folder"),
+        (("in/a.csv", "in/.b.parquet", "in/.c/d.png"), "in", "neither Parquet shards nor tars nor images"),
     ],
 )
 def test_what_is_not_a_corpus_is_refused(tmp_path, names, location, message):

@@ -1,11 +1,13 @@
 """The pipeline on Ray: every row once and in order, the same bytes however it is run, kill and resume."""
 
 import hashlib
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -314,6 +316,49 @@ def test_a_folder_of_photos_keeps_each_size(tmp_path, tiny_bundle, ray_local):
         width, height = sizes[row["image"]["path"]][1]
         pixels = decode_image(row["image"]["bytes"], DecodeLimits())
         assert pixels.shape == (height, width, 3)
+
+
+def test_tars_become_parquet_and_a_hostile_one_is_left_out(tmp_path, tiny_bundle, ray_local):
+    table = pq.read_table(write_corpus(tmp_path / "a.parquet", 6)).to_pylist()
+    (tmp_path / "in").mkdir()
+    with tarfile.open(tmp_path / "in" / "good.tar", "w") as tar:
+        for number, row in enumerate(table):
+            parts = {"png": row["image"]["bytes"], "cls": b"%d" % row["label"], "npy": b"left out"}
+            if number == 4:
+                parts["png"] = b"no image"
+            if number == 5:
+                del parts["png"]
+            for extension, data in parts.items():
+                info = tarfile.TarInfo(f"x/{number:03d}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    with tarfile.open(tmp_path / "in" / "link.tar", "w") as tar:
+        info = tarfile.TarInfo("0.png")
+        info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(info)
+    run = settings(tmp_path / "in", tmp_path / "out", tiny_bundle, unit_rows=4)
+    summary = purify_corpus(run)
+    assert summary["statuses"] == {"purified": 4, "quarantined": 2}
+    ((uri, told),) = summary["refused shards"].items()
+    assert uri.endswith("link.tar")
+    assert told.startswith("unsafe_member: ")
+    names = sorted(path.name for path in (tmp_path / "out" / "data").iterdir())
+    assert [name[: -len(".01234567.parquet")] for name in names] == [
+        "good.rows-0000000-0000003",
+        "good.rows-0000004-0000005",
+    ]
+    after = read_output(tmp_path / "out")
+    assert after.column_names == ["__key__", "image", "json", "txt", "cls", *OUTCOME.names]
+    assert after["__key__"].to_pylist() == [f"x/{number:03d}" for number in range(6)]
+    assert after["cls"].to_pylist() == [row["label"] for row in table]
+    reasons = [None] * 4 + ["unsupported_format", "null_image"]
+    assert after["acsr_reason"].to_pylist() == reasons
+    # The pixels are those that the same images get as Parquet.
+    purify_corpus(settings(tmp_path / "a.parquet", tmp_path / "same", tiny_bundle))
+    assert [cell["bytes"] for cell in after["image"].to_pylist()[:4]] == [
+        cell["bytes"] for cell in read_output(tmp_path / "same")["image"].to_pylist()[:4]
+    ]
+    assert "nothing to do" in purify_corpus(run)["this run"]
 
 
 @pytest.mark.slow
