@@ -24,6 +24,7 @@ ENTRY_POINTS: Mapping[str, tuple[str, str, str]] = {
     "status": ("acsr_ray.operations.status", "StatusSettings", "output_status"),
     "retry": ("acsr_ray.operations.retry", "RetrySettings", "retry"),
     "verify": ("acsr_ray.operations.verify", "VerifySettings", "verify_output"),
+    "report": ("acsr_ray.reporting.job", "ReportSettings", "report"),
     "doctor": ("acsr_ray.operations.doctor", "DoctorSettings", "examine"),
     "submit": ("acsr_ray.distributed.submit", "SubmitSettings", "submit"),
     "prepare_corpus": ("acsr_ray.corpus.archives", "PrepareCorpusSettings", "prepare_corpus"),

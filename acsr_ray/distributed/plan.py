@@ -19,7 +19,7 @@ from acsr_ray.corpus.sources import CorpusError
 from acsr_ray.corpus.survey import OutputState, Problem, Survey, survey_corpus
 from acsr_ray.corpus.units import check_source
 from acsr_ray.distributed.plan_table import plan_table
-from acsr_ray.distributed.purify import (
+from acsr_ray.distributed.purify_settings import (
     PurifyCorpusSettings,
     binding_settings,
     deciding_settings,

@@ -9,7 +9,7 @@ from acsr_ray.corpus.binding import BUNDLE, read_json
 from acsr_ray.corpus.ledger import Ledger
 from acsr_ray.corpus.records import LOOKED_AT, run_records
 from acsr_ray.corpus.sources import absolute_uri
-from acsr_ray.distributed.purify import PurifyCorpusSettings
+from acsr_ray.distributed.purify_settings import PurifyCorpusSettings
 from acsr_ray.purification.bundle import DEFAULT_BUNDLE, bundle_digest
 
 LOCATIONS = ("bundle", "doubt", "target")

@@ -67,14 +67,19 @@ def write_report(
     told = json.dumps(to_json(contents), indent=1, default=str)
     # Names of a corpus may hold lone surrogates, which are no UTF-8.
     ledger.storage.write(f"{folder}/{JSON}", (told + "\n").encode("utf-8", "backslashreplace"))
-    ledger.storage.write(f"{folder}/{HTML}", run_page(contents).encode("utf-8", "backslashreplace"))
+    ledger.storage.write(report_file(record.run), run_page(contents).encode("utf-8", "backslashreplace"))
     return {
         "run": record.run,
         "outcome": record.outcome,
-        "report": f"{ledger.output}/{folder}/{HTML}",
+        "report": f"{ledger.output}/{report_file(record.run)}",
         "json": f"{ledger.output}/{folder}/{JSON}",
         "pictures": sum(map(len, contents.examples.values())),
     }
+
+
+def report_file(run: str) -> str:
+    """Return the name of a run's page in its output."""
+    return f"{RUNS}/{run}/{HTML}"
 
 
 def report_after_run(ledger: Ledger, run: str) -> str | None:

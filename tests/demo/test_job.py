@@ -4,7 +4,7 @@ import pytest
 
 from acsr_ray.config import AcsrError
 from acsr_ray.demo.job import purify_or_demo
-from acsr_ray.distributed.purify import PurifyCorpusSettings
+from acsr_ray.distributed.purify_settings import PurifyCorpusSettings
 
 
 @pytest.mark.parametrize(

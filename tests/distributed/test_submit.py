@@ -20,7 +20,7 @@ from acsr_ray.distributed import following, submit, upload
 from acsr_ray.distributed.dashboard import DEFAULT_ADDRESS, SubmitError, find_address, open_dashboard
 from acsr_ray.distributed.following import Asked, JobInterruptedError, asked_to_stop, conclusion, follow
 from acsr_ray.distributed.joining import UnsafeEnvironmentError
-from acsr_ray.distributed.purify import PurifyCorpusSettings
+from acsr_ray.distributed.purify_settings import PurifyCorpusSettings
 from acsr_ray.distributed.stop_jobs import stop_jobs
 from acsr_ray.distributed.submit import SubmitSettings
 from acsr_ray.distributed.upload import STOP_WAIT, check_upload, job_environment, measure_upload
