@@ -158,6 +158,7 @@ class Night:
             if self.stop.is_made:
                 self._end_wave()
             if isinstance(work, Refused):
+                self.tally.opened()
                 self._refuse(work.uri, work.relative, work.reason)
             else:
                 yield work

@@ -45,7 +45,7 @@ def test_one_guilty_row_costs_four_workers(rows, guilty):
     while (done := worker.attempt([])) is None:
         pass
     assert done == set(range(rows)) - {guilty}
-    assert worker.falls == 4
+    assert worker.falls == worker.book.falls == 4
     assert worker.book.records[UNIT].poison == {guilty: "worker_crash"}
 
 

@@ -62,6 +62,8 @@ def test_a_holder_whose_beat_stands_still_is_followed_and_finds_out(storage):
         assert 0.9 < time.monotonic() - began < 10
         with pytest.raises(LeaseLostError, match="taken over by process"):
             first.check()
+        assert first.is_lost
+        assert not second.is_lost
         first.__exit__(None, None, None)
         second.check()
 

@@ -4,6 +4,7 @@ import io
 import json
 import random
 import tarfile
+from collections import Counter
 from dataclasses import asdict
 
 import pyarrow as pa
@@ -18,6 +19,7 @@ from acsr_ray.corpus.changes import list_corpus
 from acsr_ray.corpus.lease import Lease
 from acsr_ray.corpus.ledger import Ledger
 from acsr_ray.corpus.night import Night, NightSettings
+from acsr_ray.corpus.run_record import RunAbout
 from acsr_ray.corpus.sources import CorpusError
 from acsr_ray.corpus.stopping import StopRequest
 from acsr_ray.corpus.units import Unit, UnitPlan, read_unit
@@ -434,3 +436,51 @@ def test_a_folder_of_tars_becomes_parquet_under_the_same_names(tmp_path):
     write_tar(source / "part-0.tar", range(5))
     spend(source, output)
     assert tar_keys(output) == list(range(5))
+
+
+def test_the_tally_hears_of_everything(source, tmp_path):
+    """Tries that fail, shards that are refused, units that are given up, shards that are gone."""
+    spend(source, tmp_path / "out")
+    (source / "part-0.parquet").unlink()
+    write_shard(source / "part-1.parquet", range(100, 110))
+    write_shard(source / "part-3.parquet", range(40, 52))
+    (source / "part-4.parquet").write_bytes(b"garbage")
+    failures = Counter()
+
+    def fails(unit):
+        failures[unit.relative, unit.first] += 1
+        if (unit.relative, unit.first) == ("part-3", 8):
+            return "stage"
+        if unit.relative == "part-1" and unit.first == 0 and failures["part-1", 0] < 3:
+            return "stage"
+        return "deferred" if unit.relative == "part-1" and failures[unit.relative, unit.first] == 1 else None
+
+    night, _ = spend(source, tmp_path / "out", fails)
+    about = RunAbout("r", "", str(source), str(tmp_path / "out"), "", {})
+    record = night.tally.record(about, "failed", "", night.tally.corpus())
+    assert (record["images"], record["units"], record["statuses"]) == (18, 5, {"purified": 18})
+    # Two of the unit that passed the third time, two of the one that never does; what waits is no retry.
+    assert record["retries"] == 4
+    assert record["failed_units"] == night.failed
+    assert record["refused_shards"] == night.refused
+    assert len(night.refused) == record["refused_shards_total"] == record["failed_units_total"] == 1
+    assert record["removed_shards"] == 1
+    assert record["corpus"]["images"] == len(keys(tmp_path / "out")) == 28
+    progress = night.tally.progress("r", "failed")
+    assert (progress["images_done"], progress["images_expected"]) == (18, 22)
+
+
+def test_what_is_planned_grows_wave_by_wave_and_what_is_expected_does_not(source, tmp_path):
+    seen = []
+
+    def fails(unit):
+        progress = night.tally.progress("r", "running")
+        seen.append((progress["images_done"], progress["images_planned"], progress["images_expected"]))
+
+    purifier = Purifier(tmp_path / "out", fails)
+    ledger = Ledger(str(tmp_path / "out"))
+    asked = NightSettings(UnitPlan(unit_rows=5), FINGERPRINT, wave_units=2)
+    with Lease(ledger.storage) as lease:
+        night = Night(asked, ledger, lease, StopRequest(), purifier)
+        night.run(list_corpus(str(source)))
+    assert seen == [(0, 10, 30), (5, 10, 30), (10, 20, 30), (15, 20, 30), (20, 30, 30), (25, 30, 30)]
