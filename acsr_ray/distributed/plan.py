@@ -148,11 +148,17 @@ def _content(settings: PlanSettings, survey: Survey, output: _Output, listing_s:
     if not units:
         return content | _nothing_to_do(listing_s)
     found = run_sample(
-        settings.ray, _measured_on(settings), _recipe(settings), _work(settings), units, _wanted(settings)
+        settings.ray,
+        _measured_on(settings),
+        _recipe(settings),
+        _work(settings),
+        units,
+        SampleSize(settings.sample, settings.sample_seconds, settings.unit_rows),
+        check=lambda here: _planned_for(settings, here),
     )
     if not found.sample.images:
         raise FailedError("nothing of the sample can be read: " + "; ".join(found.sample.unreadable[:3]))
-    machine = _machine(settings, found)
+    machine = _planned_for(settings, found.machine)
     layout = _layout(settings, machine, len(units))
     load = Load(
         images=told["images_to_do"],
@@ -185,10 +191,6 @@ def _measured_on(settings: PlanSettings) -> Device:
     return "auto" if asked else "cpu"
 
 
-def _wanted(settings: PlanSettings) -> SampleSize:
-    return SampleSize(settings.sample, settings.sample_seconds, settings.unit_rows)
-
-
 def _recipe(settings: PlanSettings) -> StageRecipe:
     return StageRecipe(
         bundle=str(find_bundle(settings.bundle)),
@@ -212,20 +214,20 @@ def _work(settings: PlanSettings) -> Work:
     return Work("cpu", settings.batch_size, config.reconstruction)
 
 
-def _machine(settings: PlanSettings, found: SampleRun) -> Machine:
-    """Return the cluster that is planned for.
+def _planned_for(settings: PlanSettings, here: Machine) -> Machine:
+    """Return the cluster that is planned for, where the sample is taken here.
 
     Raises:
         ConfigError: it has GPUs, and neither a measurement nor a word says how fast they are.
     """
-    asked, here = settings.cluster, found.machine
+    asked = settings.cluster
     cpus = here.cpus if asked.cpus is None else asked.cpus
     gpus = here.gpus if asked.gpus is None else asked.gpus
     if settings.device == "cpu":
         gpus = 0.0
     if settings.device == "cuda" and not gpus:
         raise ConfigError("device is cuda, but the cluster that is planned for has no GPU")
-    if gpus and found.device == "cpu" and asked.gpu_speedup is None:
+    if gpus and not here.gpus and asked.gpu_speedup is None:
         raise ConfigError(
             "a plan for GPUs needs one to measure on: plan on the cluster itself, or say with "
             "--cluster.gpu-speedup how many times as fast as a core here one is"

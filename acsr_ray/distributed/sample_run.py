@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -91,6 +91,7 @@ def run_sample(
     work: Work,
     units: Sequence[Unit],
     size: SampleSize,
+    check: Callable[[Machine], object],
 ) -> SampleRun:
     """Start Ray as the job would, start as many actors, and time the sample in them.
 
@@ -101,6 +102,7 @@ def run_sample(
         work: how rows are cut into batches; likewise.
         units: what is to be done.
         size: how much of it to sample.
+        check: sees the cluster before anything is done there, and may raise.
 
     Raises:
         FailedError: every process of the sample died.
@@ -114,6 +116,7 @@ def run_sample(
         machine = Machine(there.get("CPU", 1.0), there.get("GPU", 0.0), max(1, len(nodes)))
         gpus = machine.gpus if takes_gpus(device) else 0.0
         found = GPU_DEVICE if gpus else "cpu"
+        check(machine)
         shares = divide_resources(machine.cpus, gpus, settings, len(units))
         began = time.perf_counter()
         work = replace(work, device=found)

@@ -14,6 +14,8 @@ from sklearn.datasets import load_sample_images
 
 from acsr_ray.config import ConfigError
 from acsr_ray.corpus.sources import CorpusError
+from acsr_ray.distributed import plan as plan_module
+from acsr_ray.distributed import sample_run
 from acsr_ray.distributed.plan import PLAN, ClusterSettings, PlanSettings, plan
 from acsr_ray.distributed.purify import PurifyCorpusSettings, purify_corpus
 from acsr_ray.distributed.runtime import RaySettings
@@ -32,12 +34,27 @@ def purified(settings: PlanSettings) -> dict[str, object]:
     return purify_corpus(PurifyCorpusSettings.model_validate(own))
 
 
+@pytest.fixture
+def one_sample(monkeypatch):
+    """Take a short sample once, and the same again where the sample is not what a test is about."""
+    monkeypatch.setattr(sample_run, "REPEAT_S", 0.1)
+    taken = []
+
+    def run(*arguments, check):
+        if not taken:
+            taken.append(sample_run.run_sample(*arguments, check=check))
+        check(taken[0].machine)
+        return taken[0]
+
+    monkeypatch.setattr(plan_module, "run_sample", run)
+
+
 def files(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_plan_is_all_that_is_written_and_an_output_does_not_look_begun(
-    tmp_path, write_shard, unrolled_bundle, ray_local
+    tmp_path, write_shard, unrolled_bundle, ray_local, one_sample
 ):
     source, output = tmp_path / "in", tmp_path / "out"
     write_shard(source / "a.parquet", count=50)
@@ -93,7 +110,7 @@ def test_a_plan_is_all_that_is_written_and_an_output_does_not_look_begun(
     assert "nothing to do" in settings.render(found)
 
 
-def test_a_plan_for_another_cluster(tmp_path, write_shard, unrolled_bundle, ray_local):
+def test_a_plan_for_another_cluster(tmp_path, write_shard, unrolled_bundle, ray_local, one_sample):
     write_shard(tmp_path / "a.parquet", count=50)
     with pytest.raises(ConfigError, match="gpu-speedup"):
         plan(asked(tmp_path, unrolled_bundle, cluster=ClusterSettings(gpus=4)))
