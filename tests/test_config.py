@@ -8,7 +8,7 @@ import pytest
 import yaml
 from pydantic import Field, ValidationError
 
-from acsr_ray.cli import ENTRY_POINTS
+from acsr_ray.cli import ENTRY_POINTS, VERBS
 from acsr_ray.config import (
     JOBS,
     ConfigError,
@@ -16,6 +16,7 @@ from acsr_ray.config import (
     JobSettings,
     Settings,
     did_you_mean,
+    last_value,
     load_section,
     parse_job,
 )
@@ -84,7 +85,7 @@ def test_shipped_configs_load(path):
 
 def test_there_are_shipped_configs():
     assert CONFIGS
-    assert set(JOBS) <= set(ENTRY_POINTS)
+    assert tuple(name for name in ENTRY_POINTS if name not in VERBS) == JOBS
 
 
 @pytest.mark.parametrize(
@@ -152,6 +153,55 @@ def test_missing_file_is_refused(capsys, tmp_path):
         parse_job(Job, SECTION, ["--config", str(tmp_path / "no.yaml")])
     assert exit_info.value.code == 2
     assert "no.yaml does not exist" in capsys.readouterr().err
+
+
+def test_a_section_of_another_job_is_read_by_who_names_it(tmp_path):
+    class Verb(Job):
+        """A verb about a job."""
+
+        sections = (SECTION, "benchmark")
+
+    path = tmp_path / "settings.yaml"
+    path.write_text(f"{SECTION}: {{limit: 7, name: a}}\nbenchmark: {{name: b}}\n")
+    settings = parse_job(Verb, "verb", ["--config", str(path)])
+    assert (settings.limit, settings.name) == (7, "b")
+
+
+def test_a_verb_with_few_settings_passes_over_the_others_of_a_section(tmp_path):
+    class Few(JobSettings):
+        """A verb that needs no more than the output."""
+
+        sections = (SECTION,)
+        borrows = True
+
+        output: Path = Path("out")
+        """A path."""
+
+    path = tmp_path / "settings.yaml"
+    path.write_text(f"{SECTION}: {{output: there, limit: 7}}\n")
+    assert parse_job(Few, "verb", ["--config", str(path)]).output == Path("there")
+
+
+def test_standing_settings_give_way_to_the_file_and_the_file_to_flags(tmp_path):
+    class Standing(Job):
+        """Settings that something says beforehand."""
+
+        @classmethod
+        def standing(cls, given):
+            return {"limit": 1, "mode": "exact", "name": last_value(given, "--output")}
+
+    path = tmp_path / "settings.yaml"
+    path.write_text(f"{SECTION}: {{limit: 2, keep: true, output: there}}\n")
+    settings = parse_job(Standing, SECTION, ["--config", str(path), "--no-keep"])
+    assert (settings.limit, settings.mode, settings.keep, settings.name) == (2, "exact", False, "there")
+
+
+@pytest.mark.parametrize(
+    ("flags", "value"),
+    [([], None), (["--a", "1"], "1"), (["--a=1", "--a", "2"], "2"), (["--a"], None), (["--ab", "1"], None)],
+)
+def test_the_last_value_of_a_flag_counts(flags, value):
+    assert last_value(flags, "--a") == value
 
 
 def test_empty_file_and_other_sections_leave_the_defaults(parse):

@@ -237,6 +237,19 @@ class Ledger:
         self.storage.sweep()
         return orphans
 
+    def tidy(self, snapshot: Snapshot, still_ours: Check = _always) -> None:
+        """Remove what no later run can go on with: half-written files, and kept bytes of units that are not.
+
+        Args:
+            snapshot: the current one.
+            still_ours: as for `commit`.
+        """
+        alone = set(self.storage.names(QUARANTINE)) - snapshot.names() - self.finished()
+        still_ours()
+        for name in sorted(alone):
+            self.discard(name)
+        self.storage.sweep()
+
     def attempts(self) -> Iterator[dict[str, Any]]:
         """Yield the records of units that brought workers down in this run or an earlier one."""
         for name in self.storage.names(ATTEMPTS):

@@ -372,5 +372,5 @@ class Night:
     def _finish_retry(self) -> None:
         """Commit; what is new, changed or gone, and what may be left over of it, is for the next run."""
         self._commit()
-        self.lease.check()
+        self.ledger.tidy(self._snapshot, self.lease.check)
         self.ledger.forget_attempts({receipt.name for _, receipt in self.redone})

@@ -97,9 +97,8 @@ def _try_storage(storage: Storage) -> str:
             return "a file was replaced that was there"
         if storage.read(name) != b"one":
             return "a file does not hold what was written"
-        return (
-            "" if storage.names("_acsr").get(name.removeprefix("_acsr/")) == 3 else "a new file is not listed"
-        )
+        listed = storage.names(PROBES).get(name.removeprefix(f"{PROBES}/"))
+        return "" if listed == len(b"one") else "a new file is not listed"
     finally:
         storage.remove(name)
 

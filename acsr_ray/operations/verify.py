@@ -106,9 +106,15 @@ def repair_output(ledger: Ledger) -> list[str]:
         LeaseError: a run holds the output.
     """
     with Lease(ledger.storage) as lease:
-        snapshot = ledger.snapshot()
+        snapshot, before = ledger.snapshot(), _units_of(ledger)
         ledger.settle(snapshot, lease.check)
-        return ledger.sweep(snapshot, still_ours=lease.check)
+        ledger.sweep(snapshot, still_ours=lease.check)
+        return sorted(before - _units_of(ledger))
+
+
+def _units_of(ledger: Ledger) -> set[str]:
+    """Return the names of all units that there is any file of."""
+    return ledger.finished() | set(ledger.storage.names(QUARANTINE))
 
 
 class Verification:

@@ -133,6 +133,7 @@ MISSING = {
         "no semantics at /nowhere/s",
     ),
     "purify_corpus": (["--input", "/nowhere"], "/nowhere does not exist"),
+    "repurify_nightly": (["--input", "/nowhere"], "/nowhere does not exist"),
     "benchmark": (["solver", "--shard", "/nowhere.parquet"], "cannot read /nowhere.parquet"),
 }
 
