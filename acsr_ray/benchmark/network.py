@@ -1,5 +1,7 @@
 """The unrolled network as purification runs it beside one plain call of it, and the encoder."""
 
+from functools import partial
+
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -8,7 +10,7 @@ from acsr_ray.benchmark.report import Row
 from acsr_ray.benchmark.timing import alternate, timed
 from acsr_ray.purification.bands import split_bands
 from acsr_ray.purification.bundle import load_bundle
-from acsr_ray.purification.options import Precision, PurifyOptions
+from acsr_ray.purification.options import Precision, PurifyOptions, Reconstruction
 from acsr_ray.purification.purifier import Purifier
 from acsr_ray.purification.unrolled import restore_unrolled
 
@@ -60,6 +62,25 @@ def benchmark_unrolled(bundle: str, side: int, *, device: str, repeats: int) -> 
     ]
     rows.append(Row("unrolled", "encoder", side, count, seconds["encoder"] / count))
     return rows
+
+
+def benchmark_purifier(bundle: str, side: int, *, device: str, repeats: int) -> list[Row]:
+    """Return rows of `Purifier.purify`, all of it: encode, select, split, reconstruct, with either way."""
+    batch = images(max(2, (GPU_PIXELS if device == "cuda" else PIXELS) // side**2), side).to(device)
+    ways: tuple[Reconstruction, ...] = ("unrolled", "cbpdn")
+    purifiers = {
+        way: Purifier(load_bundle(bundle), device, PurifyOptions(reconstruction=way)) for way in ways
+    }
+    with torch.inference_mode():
+        seconds = alternate(
+            {way: timed(partial(purifier.purify, batch), device) for way, purifier in purifiers.items()},
+            repeats,
+        )
+        clusters = len(purifiers["cbpdn"].select(purifiers["cbpdn"].latents(batch)).index.unique())
+    return [
+        Row("purifier", f"purify, {way}", side, len(batch), seconds[way] / len(batch), note=note)
+        for way, note in (("unrolled", ""), ("cbpdn", f"{clusters} dictionaries"))
+    ]
 
 
 def _call(purifier: Purifier, low: torch.Tensor, high: torch.Tensor, cluster: torch.Tensor) -> torch.Tensor:

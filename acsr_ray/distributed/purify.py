@@ -48,6 +48,7 @@ from acsr_ray.purification.bundle import (
 from acsr_ray.purification.doubt_stage import PurifyWithDoubt, doubt_settings
 from acsr_ray.purification.options import Precision, PurifyOptions, Reconstruction, Strength
 from acsr_ray.purification.stages import (
+    BATCH_SIZE,
     DecodeImages,
     EncodeImages,
     OnFailure,
@@ -85,8 +86,9 @@ class PurifyCorpusSettings(JobSettings):
     """Of the unrolled network; `bfloat16` is faster where the hardware computes in it."""
     limit: int | None = Field(None, ge=1)
     """Only the first so many rows of the corpus."""
-    batch_size: int = Field(64, ge=1)
-    """Most rows per call of the encoder and the solver; decides memory, never pixels."""
+    batch_size: int | None = Field(None, ge=1)
+    """Most rows per call of encoder and solver; decides memory, never pixels. Default: 64 on CPUs, 1024
+    on GPUs."""
     keep_original: bool = False
     """Also write the original image of every purified row, as column acsr_original."""
     doubt: str | None = None
@@ -227,7 +229,7 @@ class Pipelines:
             self._stop.listen()
             self._overseer = start_overseer(storage.root)
         shares = share_resources(settings.device, settings.ray, len(units))
-        logger.info("batch size %d, %s", settings.batch_size, shares)
+        logger.info("batch size %d, %s", settings.batch_size or BATCH_SIZE[shares.device], shares)
         context = ray.data.DataContext.get_current()
         # The watchdog acts long before; this is for a cluster that gives no actor a place.
         context.execution_no_progress_timeout_s = max(1800.0, 4 * settings.stage_timeout_s)
@@ -272,7 +274,7 @@ def build_pipeline(
         "bundle": bundle,
         "device": shares.device,
         "threads": threads,
-        "batch_size": settings.batch_size,
+        "batch_size": settings.batch_size or BATCH_SIZE[shares.device],
         "options": settings.options,
     }
 

@@ -66,6 +66,8 @@ class Purifier(nn.Module):
         if self.device.type == "cuda":
             # TF32 convolutions differ from the CPU's by about 1e-3, enough to select other clusters.
             torch.backends.cudnn.allow_tf32 = False
+            # Some of its algorithms add up in whatever order their threads come.
+            torch.backends.cudnn.deterministic = True
         self.encoder = restore_encoder(bundle.config.encoder, bundle.encoder, device)
         # Distances are summed in float64, so that a tie in float32 cannot fall either way.
         self.gaussians: Gaussians = bundle.gaussians.to(device, torch.float64)
@@ -135,9 +137,10 @@ class Purifier(nn.Module):
     def select(self, latents: Tensor) -> Selection:
         """Choose the cluster of each latent (N, L), or the best `top_k`; no label is known."""
         top_k = min(self.options.top_k, self.clusters)
+        size = ENCODER_MICRO_BATCH[self.device.type]
         parts = []
-        for part in latents.to(self.device, torch.float64).split(ENCODER_MICRO_BATCH):
-            padded = pad_batch(part, ENCODER_MICRO_BATCH)
+        for part in latents.to(self.device, torch.float64).split(size):
+            padded = pad_batch(part, size)
             chosen = select_cluster(padded, self.gaussians, self.config.selection, top_k)
             parts.append(chosen.rows(slice(len(part))))
         if not parts:

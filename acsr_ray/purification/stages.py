@@ -58,6 +58,9 @@ from acsr_ray.storage import patiently
 
 OnFailure = Literal["low_band", "pass_through"]
 
+BATCH_SIZE = {"cpu": 64, "cuda": 1024}
+"""Rows per call where nothing else is asked for. On a GPU, whole units: calls are filled up to micro-batches
+of hundreds."""
 BATCH_PIXELS = 2**24
 """Most pixels per call, whatever the batch size: a memory limit for large images."""
 

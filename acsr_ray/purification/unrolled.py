@@ -16,10 +16,10 @@ from acsr_ray.sparse.noise import noise_level
 from acsr_ray.sparse.unrolled import UnrolledCsc
 
 MICRO_BATCH = {"cpu": 16, "cuda": 256}
-"""Images per call up to `SMALL_PIXELS`; larger images go one by one. Fixed, so that an image never depends
-on its neighbours."""
+"""Images per call. Fixed, so that an image never depends on its neighbours."""
 MICRO_PIXELS = 64 * 64
-"""Larger images come in smaller calls, with as many pixels as so many times the number of images above."""
+"""Larger images come in smaller calls, with as many pixels as so many times the number of images above; on
+CPUs, those above `SMALL_PIXELS` one by one."""
 KEPT_SIDE = 256
 """Side of what a tile keeps, rounded up to the grid; its halo is as wide as the network reaches."""
 
@@ -93,7 +93,7 @@ class UnrolledReconstruction(nn.Module):
 def micro_batch(height: int, width: int, device: str) -> int:
     """Return the images per call; it depends on nothing but the size of the images and the device."""
     most = MICRO_BATCH[device]
-    if height * width > SMALL_PIXELS:
+    if device == "cpu" and height * width > SMALL_PIXELS:
         return 1
     return max(1, min(most, most * MICRO_PIXELS // (height * width)))
 
