@@ -19,11 +19,15 @@ GPU_PIXELS = 4096 * 32 * 32
 
 
 def benchmark_unrolled(bundle: str, side: int, *, device: str, repeats: int) -> list[Row]:
-    """Return rows of both precisions; the peer is one call in PyTorch's default layout and float32."""
+    """Return rows of all precisions; the peer is one call in PyTorch's default layout and float32."""
     count = max(2, (GPU_PIXELS if device == "cuda" else PIXELS) // side**2)
     batch = images(count, side).to(device)
+    # On CPUs, tf32 is float32.
+    precisions: tuple[Precision, ...] = ("float32", "bfloat16")
+    if device == "cuda":
+        precisions = ("float32", "tf32", "bfloat16")
     purifiers: dict[Precision, Purifier] = {}
-    for precision in ("float32", "bfloat16"):
+    for precision in precisions:
         options = PurifyOptions(reconstruction="unrolled", precision=precision)
         purifiers[precision] = Purifier(load_bundle(bundle), device, options)
     low, high = split_bands(batch, purifiers["float32"].config.tikhonov)
@@ -35,16 +39,19 @@ def benchmark_unrolled(bundle: str, side: int, *, device: str, repeats: int) -> 
         seconds = alternate(
             {
                 "plain": timed(lambda: network(low, high, cluster), device),
-                "float32": timed(lambda: _call(purifiers["float32"], low, high, cluster), device),
-                "bfloat16": timed(lambda: _call(purifiers["bfloat16"], low, high, cluster), device),
+                **{
+                    precision: timed(partial(_call, purifier, low, high, cluster), device)
+                    for precision, purifier in purifiers.items()
+                },
                 "encoder": timed(lambda: purifiers["float32"].latents(batch), device),
             },
             repeats,
         )
-        change = _call(purifiers["bfloat16"], low, high, cluster) - _call(
-            purifiers["float32"], low, high, cluster
-        )
-    levels = 255 * change.abs().max().item()
+        exact = _call(purifiers["float32"], low, high, cluster)
+        levels = {
+            precision: 255 * (_call(purifier, low, high, cluster) - exact).abs().max().item()
+            for precision, purifier in purifiers.items()
+        }
     rows = [
         Row(
             "unrolled",
@@ -56,9 +63,9 @@ def benchmark_unrolled(bundle: str, side: int, *, device: str, repeats: int) -> 
             seconds["plain"] / count,
             # The ceiling was measured in float32.
             flop=counter.get_total_flops() / count if precision == "float32" else None,
-            note="" if precision == "float32" else f"at most {levels:.1f} levels from float32",
+            note="" if precision == "float32" else f"at most {levels[precision]:.2f} levels from float32",
         )
-        for precision in ("float32", "bfloat16")
+        for precision in precisions
     ]
     rows.append(Row("unrolled", "encoder", side, count, seconds["encoder"] / count))
     return rows

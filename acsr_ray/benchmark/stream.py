@@ -5,6 +5,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -97,12 +98,17 @@ def write_corpus(directory: Path, count: int, side: int) -> Path:
     """Write shards of `count` crops and return their folder."""
     directory.mkdir()
     pixels = crops(min(count, DISTINCT), side)
-    for first in range(0, count, SHARD_ROWS):
+
+    def write(first: int) -> None:
         rows = range(first, min(first + SHARD_ROWS, count))
         names = tuple(f"{row:08d}" for row in rows)
         shard = pixels[[row % len(pixels) for row in rows]]
         labels = torch.zeros(len(rows), dtype=torch.int64).numpy()
         write_shard(directory / f"part-{first:08d}.parquet", shard, labels, names, ("photo",))
+
+    # Encoding leaves the interpreter to others.
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(write, range(0, count, SHARD_ROWS)))
     return directory
 
 

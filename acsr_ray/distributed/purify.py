@@ -297,7 +297,8 @@ def build_pipeline(
         **watched("first", shares.codec_actors),
     )
     encode: Stage = (EncodeImages, model)
-    select: Stage = (SelectClusters, {"bundle": bundle, "threads": threads, "options": settings.options})
+    selecting = {name: model[name] for name in ("bundle", "threads", "options", "device")}
+    select: Stage = (SelectClusters, selecting)
     purify: Stage = (PurifyImages, purifying)
     if settings.doubt is not None:
         # Workers have other working directories.
@@ -305,14 +306,14 @@ def build_pipeline(
         doubt = str(Path(settings.doubt).resolve())
         purify = PurifyWithDoubt, {"purify": purifying, "doubt": doubt, "target": target}
     if shares.encode_actors:
-        encoded = map_in_actors(
+        selected = map_in_actors(
             decoded,
             encode,
+            select,
             cpus=shares.encode_cpus,
             gpus=shares.encode_gpus,
             **watched("middle", shares.encode_actors),
         )
-        selected = map_in_actors(encoded, select, cpus=shares.select_cpus, **watched("middle", 1))
         stages, cpus = [purify], shares.purify_cpus
     else:
         selected, stages = decoded, [encode, select, purify]

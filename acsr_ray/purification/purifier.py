@@ -20,6 +20,7 @@ from acsr_ray.clustering.selection import Selection, select_cluster
 from acsr_ray.models.classifier import ENCODER_MICRO_BATCH, encode, pad_batch, restore_encoder
 from acsr_ray.purification.bands import split_bands
 from acsr_ray.purification.bundle import DEFAULT_BUNDLE, Bundle, load_bundle
+from acsr_ray.purification.micro_batches import in_micro_batches
 from acsr_ray.purification.options import PurifyOptions
 from acsr_ray.purification.response import response
 from acsr_ray.purification.tiles import code_tiles
@@ -206,7 +207,8 @@ class Purifier(nn.Module):
         once = rebuilt.clamp(0, 1)
         # The cluster stays: the question is what this network does again.
         twice = unrolled(*split_bands(once, self.config.tikhonov), index).clamp(0, 1)
-        return response(images, once, twice)
+        (answer,) = in_micro_batches(lambda *states: (response(*states),), images, once, twice)
+        return answer
 
     def _rebuild(self, lowpass: Tensor, highpass: Tensor, index: Tensor) -> Tensor:
         """Return the reconstruction with one cluster for each image, not clipped."""
@@ -236,8 +238,9 @@ class Purifier(nn.Module):
         return code_tiles(self.solver, highpass, strength, index)
 
     def _outcome(self, images: Tensor, purified: Tensor, selection: Selection, solved: Tensor) -> Purified:
-        change = (purified - images).flatten(1).norm(dim=1)
-        residual = change / images.flatten(1).norm(dim=1).clamp(min=1e-12)
+        residual = images.new_zeros(0)
+        if len(images):
+            (residual,) = in_micro_batches(_relative_change, purified, images)
         return Purified(
             purified,
             self.gaussians.class_id[selection.index],
@@ -246,6 +249,11 @@ class Purifier(nn.Module):
             residual,
             solved,
         )
+
+
+def _relative_change(purified: Tensor, images: Tensor) -> tuple[Tensor]:
+    change = (purified - images).flatten(1).norm(dim=1)
+    return (change / images.flatten(1).norm(dim=1).clamp(min=1e-12),)
 
 
 def check_images(images: Tensor) -> None:
