@@ -15,7 +15,7 @@ from pydantic import Field
 from acsr_ray.artifacts import atomic_write
 from acsr_ray.benchmark.choice import benchmark_codec, benchmark_selection
 from acsr_ray.benchmark.learning import benchmark_cdl
-from acsr_ray.benchmark.network import benchmark_unrolled
+from acsr_ray.benchmark.network import benchmark_purifier, benchmark_unrolled
 from acsr_ray.benchmark.report import Row, measure_ceilings, to_table
 from acsr_ray.benchmark.solver import benchmark_solver
 from acsr_ray.benchmark.stream import benchmark_pipeline
@@ -26,8 +26,8 @@ from acsr_ray.purification.options import Reconstruction
 
 logger = logging.getLogger(__name__)
 
-Part = Literal["solver", "unrolled", "cdl", "selection", "codec", "pipeline"]
-PARTS: tuple[Part, ...] = ("solver", "unrolled", "cdl", "selection", "codec", "pipeline")
+Part = Literal["solver", "unrolled", "purifier", "cdl", "selection", "codec", "pipeline"]
+PARTS: tuple[Part, ...] = ("solver", "unrolled", "purifier", "cdl", "selection", "codec", "pipeline")
 
 
 class BenchmarkSettings(JobSettings):
@@ -44,7 +44,7 @@ class BenchmarkSettings(JobSettings):
     bundle: str = DEFAULT_BUNDLE
     """Whose encoder, network and first dictionary are timed."""
     device: Device = "auto"
-    """Where to compute; auto takes a GPU if there is one. Codec and pipeline stay on CPUs."""
+    """Where to compute; auto takes a GPU if there is one. Codec stays on CPUs."""
     cores: int | None = Field(None, ge=1)
     """Cores that either side takes, except in pipeline; default: all that this process may use."""
     repeats: int = Field(3, ge=1)
@@ -55,6 +55,10 @@ class BenchmarkSettings(JobSettings):
     """Images of pipeline."""
     reconstruction: Reconstruction = "unrolled"
     """What pipeline purifies with."""
+    actors: int | None = Field(None, ge=1)
+    """Purification actors of pipeline; default: one per GPU, or one per CPU."""
+    unit_rows: int = Field(256, ge=1)
+    """Rows per unit of pipeline."""
     night_images: float = Field(1e8, gt=0)
     """Images of a night."""
     night_hours: float = Field(8.0, gt=0)
@@ -116,6 +120,9 @@ def _rows(settings: BenchmarkSettings, device: str, cores: int) -> Iterator[Row]
     if "unrolled" in settings.parts:
         for side in settings.sizes:
             yield from benchmark_unrolled(settings.bundle, side, device=device, repeats=repeats)
+    if "purifier" in settings.parts:
+        for side in settings.sizes:
+            yield from benchmark_purifier(settings.bundle, side, device=device, repeats=repeats)
     if "cdl" in settings.parts:
         yield benchmark_cdl(
             first, shard=settings.shard, device=device, peer=settings.peer, epochs=settings.epochs
@@ -132,6 +139,9 @@ def _rows(settings: BenchmarkSettings, device: str, cores: int) -> Iterator[Row]
             count=settings.images,
             reconstruction=settings.reconstruction,
             repeats=repeats,
+            device=device,
+            actors=settings.actors,
+            unit_rows=settings.unit_rows,
         )
 
 
@@ -140,7 +150,7 @@ def _night(rows: Sequence[Row], settings: BenchmarkSettings, device: str, cores:
     seconds = {(row.part, row.what): row.seconds for row in rows if row.side == settings.sizes[0]}
     whole = [row for row in rows if row.part == "pipeline"]
     parts = [seconds.get(("unrolled", what)) for what in ("encoder", "network, float32")]
-    if whole and device == "cpu":
+    if whole:
         cores = len(os.sched_getaffinity(0))
         per_image, basis = whole[0].seconds, "the whole pipeline"
     elif None not in parts:
@@ -150,7 +160,8 @@ def _night(rows: Sequence[Row], settings: BenchmarkSettings, device: str, cores:
     machines = settings.night_images * per_image / (settings.night_hours * 3600)
     night = f"{settings.night_images:.3g} images of {settings.sizes[0]} pixels in {settings.night_hours:g} h"
     if device == "cuda":
-        return {night: f"{math.ceil(machines)} GPUs like this one, by {basis}"}
+        beside = f" with {cores} CPUs each" if whole else ""
+        return {night: f"{math.ceil(machines)} GPUs like this one{beside}, by {basis}"}
     needed = math.ceil(machines * cores)
     return {night: f"{needed} cores like these, by {basis}; on GPUs nothing was measured here"}
 

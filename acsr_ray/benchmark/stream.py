@@ -5,6 +5,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -20,9 +21,12 @@ from acsr_ray.distributed.runtime import RaySettings, ray_session
 from acsr_ray.purification.bundle import load_bundle
 from acsr_ray.purification.options import PurifyOptions, Reconstruction
 from acsr_ray.purification.purifier import Purifier
+from acsr_ray.purification.stages import BATCH_SIZE
 
 SHARD_ROWS = 5000
 BATCH = 64
+GPU_SAMPLE = 4096
+"""Images of the bare purifier on a GPU."""
 SAMPLE_SECONDS = 1.0
 SHARED_MEMORY = "/dev/shm"
 DISTINCT = 2000
@@ -30,7 +34,15 @@ DISTINCT = 2000
 
 
 def benchmark_pipeline(
-    bundle: str, side: int, *, count: int, reconstruction: Reconstruction, repeats: int
+    bundle: str,
+    side: int,
+    *,
+    count: int,
+    reconstruction: Reconstruction,
+    repeats: int,
+    device: str = "cpu",
+    actors: int | None = None,
+    unit_rows: int = 256,
 ) -> Row:
     """Return the row of one job over `count` images, with the bare purifier as its peer.
 
@@ -40,12 +52,16 @@ def benchmark_pipeline(
         count: of the images.
         reconstruction: `unrolled` or `cbpdn`.
         repeats: timed runs of the bare purifier, before and after the job.
+        device: `cpu`, or `cuda` for the job and a single bare process on a GPU.
+        actors: of the job; by default one per GPU, or one per CPU.
+        unit_rows: of the job.
     """
-    # As many processes as the job's Ray has CPUs, and like it without a GPU.
-    cores = len(os.sched_getaffinity(0))
+    # As many processes as the job's Ray has CPUs, if they compute.
+    cores = len(os.sched_getaffinity(0)) if device == "cpu" else 1
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         source = write_corpus(Path(folder) / "in", count, side)
-        parts = [(bundle, side, max(BATCH, min(count, 1000) // cores), reconstruction)] * cores
+        sample = max(BATCH, min(count, 1000) // cores) if device == "cpu" else GPU_SAMPLE
+        parts = [(bundle, side, sample, reconstruction, device)] * cores
         bare = stack.enter_context(in_processes(purifier_side, parts))
         before = alternate({"bare": bare}, repeats)["bare"]
         settings = PurifyCorpusSettings(
@@ -53,10 +69,12 @@ def benchmark_pipeline(
             output=f"{folder}/out",
             bundle=bundle,
             reconstruction=reconstruction,
-            device="cpu",
+            device="cuda" if device == "cuda" else "cpu",
+            unit_rows=unit_rows,
+            ray=RaySettings(actors=actors),
         )
         started = time.perf_counter()
-        with ray_session(RaySettings()):
+        with ray_session(settings.ray):
             summary = purify_corpus(settings)
         whole = time.perf_counter() - started
         after = alternate({"bare": bare}, repeats)["bare"]
@@ -68,7 +86,9 @@ def benchmark_pipeline(
         side,
         count,
         whole / count,
-        f"encode, select, reconstruct in {cores} bare processes",
+        f"encode, select, reconstruct in {cores} bare processes"
+        if device == "cpu"
+        else "encode, select, reconstruct in one bare process on the GPU",
         per_image,
         note=f"the start of Ray and its workers included; images/s by its own report {summary['images/s']}",
     )
@@ -78,26 +98,34 @@ def write_corpus(directory: Path, count: int, side: int) -> Path:
     """Write shards of `count` crops and return their folder."""
     directory.mkdir()
     pixels = crops(min(count, DISTINCT), side)
-    for first in range(0, count, SHARD_ROWS):
+
+    def write(first: int) -> None:
         rows = range(first, min(first + SHARD_ROWS, count))
         names = tuple(f"{row:08d}" for row in rows)
         shard = pixels[[row % len(pixels) for row in rows]]
         labels = torch.zeros(len(rows), dtype=torch.int64).numpy()
         write_shard(directory / f"part-{first:08d}.parquet", shard, labels, names, ("photo",))
+
+    # Encoding leaves the interpreter to others.
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(write, range(0, count, SHARD_ROWS)))
     return directory
 
 
-def purifier_side(bundle: str, side: int, count: int, reconstruction: Reconstruction) -> Side:
+def purifier_side(
+    bundle: str, side: int, count: int, reconstruction: Reconstruction, device: str = "cpu"
+) -> Side:
     """Return a side that purifies `count` images in batches, as a stage's actor does."""
-    purifier = Purifier(load_bundle(bundle), options=PurifyOptions(reconstruction=reconstruction))
-    batches = images(count, side).split(BATCH)
+    options = PurifyOptions(reconstruction=reconstruction)
+    purifier = Purifier(load_bundle(bundle), device, options=options)
+    batches = images(count, side).split(BATCH_SIZE[device])
 
     @torch.inference_mode()
     def work() -> None:
         for batch in batches:
             purifier.purify(batch)
 
-    return timed(work)
+    return timed(work, device)
 
 
 @contextmanager

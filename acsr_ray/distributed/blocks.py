@@ -28,6 +28,8 @@ def unit_blocks(units: Sequence[Unit]) -> Dataset:
     context.max_errored_blocks = 0
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    # It warns of stages with CPUs and a GPU share, which are what is meant here.
+    logging.getLogger("ray.data._internal.execution.operators.map_operator").setLevel(logging.ERROR)
     # Not from_arrow: it looks at every block in a task of a whole CPU, which waits for ever where training
     # workers hold all but a part of one.
     rows = [{UNIT: unit.to_json()} for unit in units]

@@ -30,6 +30,7 @@ from acsr_ray.purification.bundle import (
 )
 from acsr_ray.purification.doubt_stage import PurifyWithDoubt
 from acsr_ray.purification.stages import (
+    BATCH_SIZE,
     DecodeImages,
     EncodeImages,
     PurifyImages,
@@ -70,7 +71,7 @@ class Pipelines:
             self._stop.listen()
             self._overseer = start_overseer(storage.root, settings.connection)
         shares = share_resources(settings.device, settings.ray, len(units))
-        logger.info("batch size %d, %s", settings.batch_size, shares)
+        logger.info("batch size %d, %s", settings.batch_size or BATCH_SIZE[shares.device], shares)
         context = ray.data.DataContext.get_current()
         # The watchdog acts long before; this is for a cluster that gives no actor a place.
         context.execution_no_progress_timeout_s = max(1800.0, 4 * settings.stage_timeout_s)
@@ -93,7 +94,7 @@ def build_pipeline(
         "bundle": bundle,
         "device": shares.device,
         "threads": threads,
-        "batch_size": settings.batch_size,
+        "batch_size": settings.batch_size or BATCH_SIZE[shares.device],
         "options": settings.options,
     }
 
@@ -116,7 +117,8 @@ def build_pipeline(
         **watched("first", shares.codec_actors),
     )
     encode: Stage = (EncodeImages, model)
-    select: Stage = (SelectClusters, {"bundle": bundle, "threads": threads, "options": settings.options})
+    selecting = {name: model[name] for name in ("bundle", "threads", "options", "device")}
+    select: Stage = (SelectClusters, selecting)
     purify: Stage = (PurifyImages, purifying)
     if settings.doubt is not None:
         # Workers have other working directories.
@@ -124,14 +126,14 @@ def build_pipeline(
         doubt = str(Path(settings.doubt).resolve())
         purify = PurifyWithDoubt, {"purify": purifying, "doubt": doubt, "target": target}
     if shares.encode_actors:
-        encoded = map_in_actors(
+        selected = map_in_actors(
             decoded,
             encode,
+            select,
             cpus=shares.encode_cpus,
             gpus=shares.encode_gpus,
             **watched("middle", shares.encode_actors),
         )
-        selected = map_in_actors(encoded, select, cpus=shares.select_cpus, **watched("middle", 1))
         stages, cpus = [purify], shares.purify_cpus
     else:
         selected, stages = decoded, [encode, select, purify]

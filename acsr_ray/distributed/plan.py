@@ -31,6 +31,7 @@ from acsr_ray.models.targets import absolute_location
 from acsr_ray.purification.bundle import find_bundle, load_bundle
 from acsr_ray.purification.estimate import Layout, Load, Range, costs_of, estimate, on_gpu, size_strata
 from acsr_ray.purification.sizing import Sample, StageRecipe, Work
+from acsr_ray.purification.stages import BATCH_SIZE
 
 logger = logging.getLogger(__name__)
 
@@ -211,7 +212,7 @@ def _recipe(settings: PlanSettings) -> StageRecipe:
 
 def _work(settings: PlanSettings) -> Work:
     config = load_bundle(settings.bundle).config.with_reconstruction(settings.reconstruction)
-    return Work("cpu", settings.batch_size, config.reconstruction)
+    return Work("cpu", settings.batch_size or BATCH_SIZE["cpu"], config.reconstruction)
 
 
 def _planned_for(settings: PlanSettings, here: Machine) -> Machine:

@@ -50,8 +50,9 @@ class PurifyCorpusSettings(JobSettings):
     """Of the unrolled network; `bfloat16` is faster where the hardware computes in it."""
     limit: int | None = Field(None, ge=1)
     """Only the first so many rows of the corpus."""
-    batch_size: int = Field(64, ge=1)
-    """Most rows per call of the encoder and the solver; decides memory, never pixels."""
+    batch_size: int | None = Field(None, ge=1)
+    """Most rows per call of encoder and solver; decides memory, never pixels. Default: 64 on CPUs, 1024
+    on GPUs."""
     keep_original: bool = False
     """Also write the original image of every purified row, as column acsr_original."""
     delta: bool = False

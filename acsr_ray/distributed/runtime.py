@@ -85,7 +85,6 @@ class StageShares:
     purify_actors: int
     purify_cpus: float
     purify_gpus: float
-    select_cpus: float
     codec_actors: int
     """Of each of the two stages that read and decode, and that encode and write."""
     codec_cpus: float
@@ -117,9 +116,9 @@ def divide_resources(cpus: float, gpus: float, settings: RaySettings, num_units:
     purify = min(settings.actors or int(gpus if on_gpu else cpus) or 1, num_units)
     # On GPUs both pools share each card.
     encode = purify if on_gpu else 0
-    # A CIFAR image takes 0.15 ms to decode and to encode, and 5 ms to purify on a core; GPUs take all cores
-    # they get.
-    codecs = min(max(1, int(cpus) // 4), num_units)
+    # A CIFAR image takes 0.15 ms to decode and to encode, and 5 ms to purify on a core; beside GPUs nearly
+    # all cores decode and encode.
+    codecs = min(max(1, int((0.4 if on_gpu else 0.25) * cpus)), num_units)
     share = 1 / math.ceil(purify / gpus) if on_gpu else 0.0
     return StageShares(
         device=GPU_DEVICE if on_gpu else "cpu",
@@ -130,7 +129,6 @@ def divide_resources(cpus: float, gpus: float, settings: RaySettings, num_units:
         purify_actors=purify,
         purify_cpus=_rounded(min(0.5, 0.5 * cpus / purify)),
         purify_gpus=_rounded(0.7 * share),
-        select_cpus=0.05,
         codec_actors=codecs,
         codec_cpus=_rounded(min(0.2, 0.08 * cpus / codecs)),
     )

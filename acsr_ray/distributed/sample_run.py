@@ -22,6 +22,7 @@ from acsr_ray.distributed.runtime import (
     takes_gpus,
 )
 from acsr_ray.purification.sizing import Sample, SampleTimer, StageRecipe, Work, merged
+from acsr_ray.purification.stages import BATCH_SIZE
 
 logger = logging.getLogger(__name__)
 
@@ -119,8 +120,9 @@ def run_sample(
         check(machine)
         shares = divide_resources(machine.cpus, gpus, settings, len(units))
         began = time.perf_counter()
-        work = replace(work, device=found)
-        timers, others = _start(shares, replace(recipe, device=found), work)
+        rows = recipe.batch_size or BATCH_SIZE[found]
+        work = replace(work, device=found, batch_size=rows)
+        timers, others = _start(shares, replace(recipe, device=found, batch_size=rows), work)
         pools_s = time.perf_counter() - began
         for actor in others:
             ray.kill(actor)

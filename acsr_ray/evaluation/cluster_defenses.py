@@ -135,10 +135,11 @@ def rank_clusters(purifier: Purifier, images: Tensor) -> tuple[Tensor, Tensor]:
         Order (N, K) int64 from near to far, and Mahalanobis distance (N, K) float32.
     """
     latents = purifier.latents(images).to(torch.float64)
+    size = ENCODER_MICRO_BATCH[latents.device.type]
     parts = [
         # Filled up as in `Purifier.select`, so that both see the same numbers.
-        squared_mahalanobis(pad_batch(part, ENCODER_MICRO_BATCH), purifier.gaussians)[: len(part)]
-        for part in latents.split(ENCODER_MICRO_BATCH)
+        squared_mahalanobis(pad_batch(part, size), purifier.gaussians)[: len(part)]
+        for part in latents.split(size)
     ]
     squared = torch.cat(parts)
     by_likelihood = purifier.config.selection == "gaussian_loglik"

@@ -20,7 +20,7 @@ from acsr_ray.models.wide_resnet import WideResNet, build_wide_resnet
 
 WEIGHTS = "weights.safetensors"
 
-ENCODER_MICRO_BATCH = 32
+ENCODER_MICRO_BATCH = {"cpu": 32, "cuda": 256}
 """Images per encoder call. Fixed, because matrix products differ in the last bit between batch sizes."""
 
 
@@ -85,11 +85,12 @@ def encode(model: WideResNet, images: Tensor, image_size: int) -> Tensor:
     call is padded with zeros.
     """
     images = fit_to(images, image_size)
+    size = ENCODER_MICRO_BATCH[images.device.type]
     latents = []
-    for start in range(0, len(images), ENCODER_MICRO_BATCH):
-        part = images[start : start + ENCODER_MICRO_BATCH]
+    for start in range(0, len(images), size):
+        part = images[start : start + size]
         # Contiguous, because the memory layout chooses the kernel, and filling up changes the layout.
-        padded = pad_batch(part, ENCODER_MICRO_BATCH).contiguous()
+        padded = pad_batch(part, size).contiguous()
         latents.append(model.latent(padded)[: len(part)])
     return torch.cat(latents) if latents else images.new_zeros((0, model.latent_length))
 

@@ -120,8 +120,9 @@ def costs_of(sample: Sample, work: Work) -> Costs:
         encode = _rate(sum(c.encode_s for c in chunks), seen, all_sizes, work.encoder_images) / sized * good
         purify = _rate(sum(c.purify_s for c in chunks), seen, all_sizes, work.solver_pixels) / sized * good
         # Selection sees all sizes of a unit together, in whole calls but for the last one.
-        calls = sum(-(-c.rows // ENCODER_MICRO_BATCH) for c in chunks)
-        select = sum(c.select_s for c in chunks) / (calls * ENCODER_MICRO_BATCH) * good
+        micro = ENCODER_MICRO_BATCH[work.device]
+        calls = sum(-(-c.rows // micro) for c in chunks)
+        select = sum(c.select_s for c in chunks) / (calls * micro) * good
     written = max(1, sample.written_rows)
     return Costs(
         sum(unit.read_s for unit in units) / rows,

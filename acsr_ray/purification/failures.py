@@ -7,6 +7,7 @@ and the unit fails as a whole: its table is then one row that says why, which la
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import pyarrow as pa
@@ -65,22 +66,39 @@ def apply_by_halves(apply: Apply, table: pa.Table) -> pa.Table:
     Raises:
         StageError: the stages fail on a harmless image.
     """
+    done, error = _attempt(apply, table)
+    if done is not None:
+        return done
+    # Only now: while an exception is handled, its traceback keeps the frames that failed, and with them the
+    # memory that they had.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    rows = table.num_rows
+    if rows > 1:
+        halves = table.slice(0, rows // 2), table.slice(rows // 2)
+        return pa.concat_tables([apply_by_halves(apply, half) for half in halves])
+    harmless, again = _attempt(apply, _harmless(table))
+    if harmless is None:
+        raise StageError(again.message)
+    logger.warning("a row is quarantined as %s: %s", error.reason, error.message)
+    return apply(refuse_rows(table, {0: error.reason}))
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What is kept of an exception."""
+
+    message: str = ""
+    reason: str = "stage_error"
+
+
+def _attempt(apply: Apply, table: pa.Table) -> tuple[pa.Table | None, _Failure]:
+    """Return what the stages give, or None and why they give nothing."""
     try:
-        return apply(table)
+        return apply(table), _Failure()
     except WORK_ERRORS as error:
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        rows = table.num_rows
-        if rows > 1:
-            halves = table.slice(0, rows // 2), table.slice(rows // 2)
-            return pa.concat_tables([apply_by_halves(apply, half) for half in halves])
-        try:
-            apply(_harmless(table))
-        except WORK_ERRORS as again:
-            raise StageError(f"{type(again).__name__}: {again}") from again
         reason = "out_of_memory" if _lacks_memory(error) else "stage_error"
-        logger.warning("a row is quarantined as %s: %s", reason, error)
-        return apply(refuse_rows(table, {0: reason}))
+        return None, _Failure(f"{type(error).__name__}: {error}", reason)
 
 
 def refuse_rows(table: pa.Table, reasons: Mapping[int, str]) -> pa.Table:

@@ -52,16 +52,15 @@ class Judge:
     def compare(self, before: Tensor, after: Tensor) -> Opinion:
         """Return what the classifier says of images (N, 3, H, W) and of the purified ones, N >= 1."""
         before, after = fit_to(before, self.image_size), fit_to(after, self.image_size)
-        parts = [
-            self._compare(*pair)
-            for pair in zip(before.split(ENCODER_MICRO_BATCH), after.split(ENCODER_MICRO_BATCH), strict=True)
-        ]
+        size = ENCODER_MICRO_BATCH[before.device.type]
+        pairs = zip(before.split(size), after.split(size), strict=True)
+        parts = [self._compare(*pair, size) for pair in pairs]
         return Opinion(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
-    def _compare(self, before: Tensor, after: Tensor) -> tuple[Tensor, ...]:
-        """Return the four columns of an opinion on at most a micro-batch, all computed in its fixed shape."""
+    def _compare(self, before: Tensor, after: Tensor, size: int) -> tuple[Tensor, ...]:
+        """Return the four columns of an opinion on at most `size` images, computed in that fixed shape."""
         first, second = (
-            F.log_softmax(self.model(pad_batch(part, ENCODER_MICRO_BATCH).contiguous()).double(), 1)
+            F.log_softmax(self.model(pad_batch(part, size).contiguous()).double(), 1)
             for part in (before, after)
         )
         best, label = second.max(1)

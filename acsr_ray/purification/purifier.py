@@ -21,6 +21,7 @@ from acsr_ray.clustering.selection import Selection, select_cluster
 from acsr_ray.models.classifier import ENCODER_MICRO_BATCH, encode, pad_batch, restore_encoder
 from acsr_ray.purification.bands import split_bands
 from acsr_ray.purification.bundle import DEFAULT_BUNDLE, Bundle, load_bundle
+from acsr_ray.purification.micro_batches import in_micro_batches
 from acsr_ray.purification.options import PurifyOptions
 from acsr_ray.purification.response import response
 from acsr_ray.purification.tiles import code_tiles
@@ -106,6 +107,8 @@ class Purifier(nn.Module):
         if device.type == "cuda":
             # TF32 convolutions differ from the CPU's by about 1e-3, enough to select other clusters.
             torch.backends.cudnn.allow_tf32 = False
+            # Some of its algorithms add up in whatever order their threads come.
+            torch.backends.cudnn.deterministic = True
         # Distances are summed in float64, so that a tie in float32 cannot fall either way.
         self.gaussians = gaussians.to(str(device), torch.float64)
         self.solver = Cbpdn(atoms.to(device), self._cbpdn)
@@ -155,9 +158,10 @@ class Purifier(nn.Module):
     def select(self, latents: Tensor) -> Selection:
         """Choose the cluster of each latent (N, L), or the best `top_k`; no label is known."""
         top_k = min(self.options.top_k, self.clusters)
+        size = ENCODER_MICRO_BATCH[self.device.type]
         parts = []
-        for part in latents.to(self.device, torch.float64).split(ENCODER_MICRO_BATCH):
-            padded = pad_batch(part, ENCODER_MICRO_BATCH)
+        for part in latents.to(self.device, torch.float64).split(size):
+            padded = pad_batch(part, size)
             chosen = select_cluster(padded, self.gaussians, self.config.selection, top_k)
             parts.append(chosen.rows(slice(len(part))))
         if not parts:
@@ -223,7 +227,8 @@ class Purifier(nn.Module):
         once = rebuilt.clamp(0, 1)
         # The cluster stays: the question is what this network does again.
         twice = unrolled(*split_bands(once, self.config.tikhonov), index).clamp(0, 1)
-        return response(images, once, twice)
+        (answer,) = in_micro_batches(lambda *states: (response(*states),), images, once, twice)
+        return answer
 
     def _rebuild(self, lowpass: Tensor, highpass: Tensor, index: Tensor) -> Tensor:
         """Return the reconstruction with one cluster for each image, not clipped."""
@@ -253,8 +258,9 @@ class Purifier(nn.Module):
         return code_tiles(self.solver, highpass, strength, index)
 
     def _outcome(self, images: Tensor, purified: Tensor, selection: Selection, solved: Tensor) -> Purified:
-        change = (purified - images).flatten(1).norm(dim=1)
-        residual = change / images.flatten(1).norm(dim=1).clamp(min=1e-12)
+        residual = images.new_zeros(0)
+        if len(images):
+            (residual,) = in_micro_batches(_relative_change, purified, images)
         return Purified(
             purified,
             self.gaussians.class_id[selection.index],
@@ -263,6 +269,11 @@ class Purifier(nn.Module):
             residual,
             solved,
         )
+
+
+def _relative_change(purified: Tensor, images: Tensor) -> tuple[Tensor]:
+    change = (purified - images).flatten(1).norm(dim=1)
+    return (change / images.flatten(1).norm(dim=1).clamp(min=1e-12),)
 
 
 def check_images(images: Tensor) -> None:

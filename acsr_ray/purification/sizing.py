@@ -29,6 +29,7 @@ from acsr_ray.purification.doubt_stage import PurifyWithDoubt
 from acsr_ray.purification.options import PurifyOptions
 from acsr_ray.purification.stages import (
     BATCH_PIXELS,
+    BATCH_SIZE,
     DecodeImages,
     EncodeImages,
     OnFailure,
@@ -52,7 +53,7 @@ class StageRecipe:
     bundle: str
     device: str
     threads: int
-    batch_size: int
+    batch_size: int | None
     options: PurifyOptions
     image_column: str
     keep_original: bool = False
@@ -150,7 +151,7 @@ class Work:
 
     def encoder_images(self, size: Size, rows: int) -> int:
         """Return the images that the encoder sees, zeros included."""
-        return self._filled(size, rows, ENCODER_MICRO_BATCH)
+        return self._filled(size, rows, ENCODER_MICRO_BATCH[self.device])
 
     def solver_pixels(self, size: Size, rows: int) -> int:
         """Return the pixels that the reconstruction sees, zeros included."""
@@ -182,7 +183,7 @@ class SampleTimer:
             "bundle": recipe.bundle,
             "device": recipe.device,
             "threads": recipe.threads,
-            "batch_size": recipe.batch_size,
+            "batch_size": recipe.batch_size or BATCH_SIZE[recipe.device],
             "options": recipe.options,
         }
         purifying = {**model, "on_failure": recipe.on_failure}
@@ -191,7 +192,7 @@ class SampleTimer:
         # Its child process starts with the first image.
         self._decode.decoder.decode(encode_png(np.zeros((8, 8, 3), np.uint8)))
         self._encode = EncodeImages(**model)
-        self._select = SelectClusters(recipe.bundle, recipe.threads, recipe.options)
+        self._select = SelectClusters(recipe.bundle, recipe.threads, recipe.options, recipe.device)
         self._purify: Callable[[pa.Table], pa.Table] = (
             PurifyImages(**purifying)
             if recipe.doubt is None

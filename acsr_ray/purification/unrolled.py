@@ -1,5 +1,7 @@
 """The trained reconstruction of a bundle, in fixed-shape micro-batches and aligned tiles."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -16,10 +18,10 @@ from acsr_ray.sparse.noise import noise_level
 from acsr_ray.sparse.unrolled import UnrolledCsc
 
 MICRO_BATCH = {"cpu": 16, "cuda": 256}
-"""Images per call up to `SMALL_PIXELS`; larger images go one by one. Fixed, so that an image never depends
-on its neighbours."""
+"""Images per call. Fixed, so that an image never depends on its neighbours."""
 MICRO_PIXELS = 64 * 64
-"""Larger images come in smaller calls, with as many pixels as so many times the number of images above."""
+"""Larger images come in smaller calls, with as many pixels as so many times the number of images above; on
+CPUs, those above `SMALL_PIXELS` one by one."""
 KEPT_SIDE = 256
 """Side of what a tile keeps, rounded up to the grid; its halo is as wide as the network reaches."""
 
@@ -85,15 +87,29 @@ class UnrolledReconstruction(nn.Module):
     def _bands(self, bands: Tensor, **state: Tensor) -> Tensor:
         lowpass, highpass = bands.chunk(2, 1)
         half = self.precision == "bfloat16"
-        with torch.autocast(bands.device.type, torch.bfloat16, enabled=half):
+        with (
+            torch.autocast(bands.device.type, torch.bfloat16, enabled=half),
+            _tf32_convolutions(self.precision == "tf32"),
+        ):
             reconstruction: Tensor = self.network(lowpass, highpass, **state)
         return reconstruction.float()
+
+
+@contextmanager
+def _tf32_convolutions(allowed: bool) -> Iterator[None]:
+    """Let a GPU's convolutions round their factors to TF32, here and not in the encoder."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def micro_batch(height: int, width: int, device: str) -> int:
     """Return the images per call; it depends on nothing but the size of the images and the device."""
     most = MICRO_BATCH[device]
-    if height * width > SMALL_PIXELS:
+    if device == "cpu" and height * width > SMALL_PIXELS:
         return 1
     return max(1, min(most, most * MICRO_PIXELS // (height * width)))
 

@@ -103,9 +103,7 @@ class Cbpdn:
         self.atoms = atoms
         self.config = config
         self._dictionaries = atoms[None] if atoms.ndim == 4 else atoms
-        settings = (config.penalty, config.relaxation, config.iterations)
-        alone = len(self._dictionaries) == 1
-        self._admm = [Admm(own, *settings, alone=alone) for own in self._dictionaries]
+        self._admm = Admm(self._dictionaries, config.penalty, config.relaxation, config.iterations)
         self._patches: dict[tuple[int, torch.dtype], PatchDictionary] = {}
 
     def solve(
@@ -207,8 +205,7 @@ class Cbpdn:
     def _descend(
         self, signal: Tensor, lmbda: Tensor, index: Tensor | None, start: Sequence[Entries] | None
     ) -> tuple[Codes, Tensor]:
-        chosen = [0] * len(signal) if index is None else index.tolist()
-        dictionaries = [self._patch_dictionary(k, signal.dtype) for k in self._checked(chosen)]
+        dictionaries = [self._patch_dictionary(k, signal.dtype) for k in self._chosen(signal, index)]
         return sparse_code(
             signal,
             lmbda,
@@ -218,7 +215,8 @@ class Cbpdn:
             start=start,
         )
 
-    def _checked(self, chosen: list[int]) -> list[int]:
+    def _chosen(self, signal: Tensor, index: Tensor | None) -> list[int]:
+        chosen: list[int] = [0] * len(signal) if index is None else index.tolist()
         count = len(self._dictionaries)
         if min(chosen) < 0 or max(chosen) >= count:
             raise IndexError(f"index must be in 0..{count - 1}, got {min(chosen)} to {max(chosen)}")
@@ -238,14 +236,5 @@ class Cbpdn:
         *,
         with_maps: bool = True,
     ) -> list[Tensor]:
-        """Group the images by dictionary: a product per frequency needs one D, not one for each image."""
-        if index is None:
-            return self._admm[0].solve(signal, lmbda, start, with_maps=with_maps)
-        positions, parts = [], []
-        for k in self._checked(index.unique().tolist()):
-            rows = (index == k).nonzero()[:, 0]
-            own = None if start is None else start[rows]
-            parts.append(self._admm[k].solve(signal[rows], lmbda[rows], own, with_maps=with_maps))
-            positions.append(rows)
-        order = torch.cat(positions).argsort()
-        return [torch.cat(part)[order] for part in zip(*parts, strict=True)]
+        chosen = self._chosen(signal, index)
+        return self._admm.solve(signal, lmbda, chosen, start, with_maps=with_maps)

@@ -94,7 +94,6 @@ def test_all_stages_of_a_purification_fit_at_the_same_time(nodes, units, cluster
     if gpus:
         assert (shares.encode_actors, shares.purify_actors) == (min(gpus, units),) * 2
         pools = shares.encode_actors * shares.encode_cpus + shares.purify_actors * shares.purify_cpus
-        pools += shares.select_cpus
     else:
         assert (shares.encode_actors, shares.purify_actors) == (0, min(cpus, units))
         pools = shares.purify_actors * (shares.encode_cpus + shares.purify_cpus)

@@ -48,7 +48,7 @@ def test_every_pool_runs_where_and_with_what_its_settings_say(start_nodes, tmp_p
         "held_out_latents": [ATTACK] * 2,
         # Latents of the baseline for the clusters, those of the robust encoder for the bundle.
         "EncodeLatents": [shares["purify_gpus"]] * 4,
-        "EncodeImages": [shares["encode_gpus"]] * 2,
+        "EncodeImages+SelectClusters": [shares["encode_gpus"]] * 2,
         "PurifyImages": [shares["purify_gpus"]] * 2,
     }
     without = {
@@ -56,7 +56,6 @@ def test_every_pool_runs_where_and_with_what_its_settings_say(start_nodes, tmp_p
         "choose_clusters",
         "DecodeUnits",
         "ReadUnits+DecodeImages",
-        "SelectClusters",
         "WriteUnits",
     }
     assert {pool: sorted(needed[pool]) for pool in with_share} == with_share

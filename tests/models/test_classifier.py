@@ -118,8 +118,9 @@ def test_no_images_give_no_latents(model):
 
 def test_padding_appends_zeros():
     images = _images(3)
-    padded = pad_batch(images, ENCODER_MICRO_BATCH)
-    assert padded.shape == (ENCODER_MICRO_BATCH, 3, SIDE, SIDE)
+    size = ENCODER_MICRO_BATCH["cpu"]
+    padded = pad_batch(images, size)
+    assert padded.shape == (size, 3, SIDE, SIDE)
     assert torch.equal(padded[:3], images)
     assert not padded[3:].any()
     assert pad_batch(images, 3) is images

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from acsr_ray.purification.bands import SPLIT_MICRO_BATCH, split_bands
+from acsr_ray.purification.bands import split_bands
+from acsr_ray.purification.micro_batches import MICRO_BATCH
 from acsr_ray.sparse.admm import SMALL_PIXELS
 from acsr_ray.sparse.tikhonov import TikhonovConfig, tikhonov_split
 
-SIZE = SPLIT_MICRO_BATCH["cpu"]
+SIZE = MICRO_BATCH["cpu"]
 
 
 def batch(count, height, width, seed=0):

@@ -1,5 +1,7 @@
 """Failures of a stage: the rows to blame are quarantined, and a stage to blame fails as a whole."""
 
+import weakref
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -99,3 +101,19 @@ def test_refused_rows_keep_their_place_and_their_first_reason():
     assert [data is None for data in again[PIXELS].to_pylist()] == [False, True, True, False]
     assert again[HEIGHT].to_pylist() == [SIDE, None, None, SIDE]
     assert np.all(again["id"].to_numpy() == np.arange(4))
+
+
+def test_what_failed_holds_no_memory_while_its_halves_are_tried():
+    """A traceback keeps every local of the frames it passed: on a GPU, what the halves would need."""
+    held: list[weakref.ref] = []
+
+    def apply(table: pa.Table) -> pa.Table:
+        assert [own for own in held if own() is not None] == []
+        activations = np.zeros(3)
+        held.append(weakref.ref(activations))
+        if table.num_rows > 1 or table[PIXELS][0].as_py() == bytes([2]) * (3 * SIDE**2):
+            raise MemoryError
+        return table
+
+    assert apply_by_halves(apply, decoded(4))[REASON].to_pylist() == [None, None, "out_of_memory", None]
+    assert len(held) > 7
