@@ -8,15 +8,17 @@ variables, never secrets, so they may be logged, and nothing of them binds an ou
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any, TypeVar
 
 import fsspec
 from fsspec.core import url_to_fs
 from pydantic import Field
 
-from acsr_ray.config import AcsrError, MissingExtraError, Settings
+from acsr_ray.config import AcsrError, JobSettings, MissingExtraError, Settings
 
 S3, GOOGLE, HUB = ("s3", "s3a"), ("gs", "gcs"), ("hf",)
 EXTRAS = {**dict.fromkeys(S3, "s3"), **dict.fromkeys(GOOGLE, "gs"), **dict.fromkeys(HUB, "hf")}
@@ -207,6 +209,37 @@ def connected(connection: Connection) -> Iterator[Connection]:
         yield connection
     finally:
         _connection = before
+
+
+class StoreSettings(JobSettings):
+    """Base of the settings of whatever opens stores."""
+
+    output: str | None = None
+    storage: StorageSettings = StorageSettings()
+    """How the stores of input and output are reached."""
+    input_storage: StorageSettings = StorageSettings()
+    """What differs for the input."""
+
+    @property
+    def connection(self) -> Connection:
+        """How input and output are reached; `StorageLocationError` where a variable is not set."""
+        # What is not a URI is a path, for which there is nothing to settle.
+        remote = self.output if self.output and "://" in self.output else ""
+        return resolve_connection(self.storage, self.input_storage, remote)
+
+
+SettingsT = TypeVar("SettingsT", bound=StoreSettings)
+
+
+def over_stores(function: Callable[[SettingsT], dict[str, Any]]) -> Callable[[SettingsT], dict[str, Any]]:
+    """Make a job reach stores as its settings say while it works."""
+
+    @wraps(function)
+    def connecting(settings: SettingsT) -> dict[str, Any]:
+        with connected(settings.connection):
+            return function(settings)
+
+    return connecting
 
 
 def open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:

@@ -16,7 +16,8 @@ from acsr_ray.benchmark.pictures import crops, images
 from acsr_ray.benchmark.report import Row
 from acsr_ray.benchmark.timing import Side, alternate, in_processes, timed
 from acsr_ray.corpus.writing import write_shard
-from acsr_ray.distributed.purify import PurifyCorpusSettings, purify_corpus
+from acsr_ray.distributed.purify import purify_corpus
+from acsr_ray.distributed.purify_settings import PurifyCorpusSettings
 from acsr_ray.distributed.runtime import RaySettings, ray_session
 from acsr_ray.purification.bundle import load_bundle
 from acsr_ray.purification.options import PurifyOptions, Reconstruction

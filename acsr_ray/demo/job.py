@@ -4,7 +4,8 @@ from typing import Any
 
 from acsr_ray.config import ConfigError
 from acsr_ray.corpus.sources import CorpusError
-from acsr_ray.distributed.purify import PurifyCorpusSettings, purify_corpus
+from acsr_ray.distributed.purify import purify_corpus
+from acsr_ray.distributed.purify_settings import PurifyCorpusSettings
 
 __all__ = ["PurifyCorpusSettings", "purify_or_demo"]
 

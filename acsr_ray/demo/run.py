@@ -34,7 +34,8 @@ from acsr_ray.corpus.writing import write_shard
 from acsr_ray.demo.digits import CLASS_NAMES, Split, load_splits
 from acsr_ray.distributed.bundling import BuildBundleSettings, build_bundle
 from acsr_ray.distributed.dictionaries import DictionaryConfig
-from acsr_ray.distributed.purify import PurifyCorpusSettings, purify_corpus
+from acsr_ray.distributed.purify import purify_corpus
+from acsr_ray.distributed.purify_settings import PurifyCorpusSettings
 from acsr_ray.distributed.runtime import ray_session
 from acsr_ray.distributed.semantics import LearnSemanticsSettings, learn_semantics
 from acsr_ray.distributed.training import (

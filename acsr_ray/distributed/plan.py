@@ -27,6 +27,7 @@ from acsr_ray.distributed.purify_settings import (
 )
 from acsr_ray.distributed.runtime import divide_resources
 from acsr_ray.distributed.sample_run import Machine, SampleRun, SampleSize, run_sample
+from acsr_ray.filesystems import over_stores
 from acsr_ray.models.targets import absolute_location
 from acsr_ray.purification.bundle import find_bundle, load_bundle
 from acsr_ray.purification.estimate import Layout, Load, Range, costs_of, estimate, on_gpu, size_strata
@@ -88,6 +89,7 @@ class _Output:
     refusal: str | None
 
 
+@over_stores
 def plan(settings: PlanSettings) -> dict[str, Any]:
     """Plan a purification and return the plan; with an output, keep it there as `_acsr/plan.json`.
 

@@ -25,8 +25,12 @@ from acsr_ray.corpus.stopping import stop_request
 from acsr_ray.corpus.units import Unit, check_source
 from acsr_ray.distributed.metrics import RunMetrics
 from acsr_ray.distributed.pipeline import Pipelines
-from acsr_ray.distributed.purify_settings import PurifyCorpusSettings as PurifyCorpusSettings
-from acsr_ray.distributed.purify_settings import binding_settings, deciding_settings, output_location
+from acsr_ray.distributed.purify_settings import (
+    PurifyCorpusSettings,
+    binding_settings,
+    deciding_settings,
+    output_location,
+)
 from acsr_ray.distributed.wave import check_room
 from acsr_ray.filesystems import connected
 from acsr_ray.purification.bundle import (

@@ -5,7 +5,7 @@ from typing import Any
 from pydantic import Field
 
 from acsr_ray.columns import IMAGE
-from acsr_ray.config import Device, JobSettings
+from acsr_ray.config import Device
 from acsr_ray.corpus.images import DecodeLimits
 from acsr_ray.corpus.isolated import DecoderSettings
 from acsr_ray.corpus.sources import CorpusError, absolute_uri
@@ -13,7 +13,7 @@ from acsr_ray.corpus.units import UnitPlan
 from acsr_ray.distributed.runtime import (
     RaySettings,
 )
-from acsr_ray.filesystems import Connection, StorageSettings, resolve_connection
+from acsr_ray.filesystems import StoreSettings
 from acsr_ray.purification.bundle import (
     ALGORITHM_VERSION,
     DEFAULT_BUNDLE,
@@ -27,7 +27,7 @@ from acsr_ray.purification.stages import (
 )
 
 
-class PurifyCorpusSettings(JobSettings):
+class PurifyCorpusSettings(StoreSettings):
     """Purify a corpus of images with a bundle: OUTPUT/data gets one Parquet file per unit of rows.
 
     A rerun with the same settings skips what is finished. --demo needs nothing and shows all stages.
@@ -83,10 +83,6 @@ class PurifyCorpusSettings(JobSettings):
     """Write report.html and report.json beside the run's record at its end."""
     min_free_megabytes: int = Field(256, ge=0)
     """Room that must be left on the output's disk; below it the job stops cleanly."""
-    storage: StorageSettings = StorageSettings()
-    """How the stores of input and output are reached."""
-    input_storage: StorageSettings = StorageSettings()
-    """What differs for the input."""
     device: Device = "auto"
     """Where encoder and solver run; auto takes GPUs when the cluster has some."""
     decode: DecodeLimits = DecodeLimits()
@@ -100,12 +96,6 @@ class PurifyCorpusSettings(JobSettings):
     def min_free_bytes(self) -> int:
         """`min_free_megabytes` in bytes."""
         return self.min_free_megabytes * 2**20
-
-    @property
-    def connection(self) -> Connection:
-        """How input and output are reached; `StorageLocationError` where a variable is not set."""
-        output = absolute_uri(self.output) if self.output else ""
-        return resolve_connection(self.storage, self.input_storage, output)
 
     @property
     def plan(self) -> UnitPlan:

@@ -4,10 +4,10 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
-from acsr_ray.config import JobSettings
 from acsr_ray.corpus.images import DecodeLimits
 from acsr_ray.corpus.isolated import DecoderSettings
 from acsr_ray.distributed.runtime import RaySettings
+from acsr_ray.filesystems import StoreSettings, over_stores
 from acsr_ray.operations.finding import Finding
 from acsr_ray.operations.machine_checks import (
     check_bundle,
@@ -22,7 +22,7 @@ from acsr_ray.operations.place_checks import check_cluster, check_input, check_o
 from acsr_ray.purification.bundle import DEFAULT_BUNDLE
 
 
-class DoctorSettings(JobSettings):
+class DoctorSettings(StoreSettings):
     """Check versions, bundle, decoder, storage, input, cluster and room; exit 1 where something fails."""
 
     sections: ClassVar[tuple[str, ...]] = ("purify_corpus",)
@@ -55,6 +55,7 @@ class DoctorSettings(JobSettings):
         return "\n".join(lines)
 
 
+@over_stores
 def examine(settings: DoctorSettings) -> dict[str, Any]:
     """Return every check with its level (`ok`, `warn`, `fail`), what was found and a hint.
 

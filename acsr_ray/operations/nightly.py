@@ -21,7 +21,8 @@ from acsr_ray.corpus.ledger import Ledger
 from acsr_ray.corpus.snapshot import Snapshot, total
 from acsr_ray.corpus.sources import CorpusError, absolute_uri
 from acsr_ray.corpus.stopping import StopRequest, StopRequested, stop_request
-from acsr_ray.distributed.purify import PurifyCorpusSettings, purify_corpus
+from acsr_ray.distributed.purify import purify_corpus
+from acsr_ray.distributed.purify_settings import PurifyCorpusSettings
 from acsr_ray.operations.standing import completed, standing_for
 
 logger = logging.getLogger(__name__)

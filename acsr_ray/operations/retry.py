@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 from acsr_ray.config import ConfigError
 from acsr_ray.corpus.retry_request import RetryRequest
 from acsr_ray.corpus.sources import CorpusError
-from acsr_ray.distributed.purify import PurifyCorpusSettings, purify_corpus
+from acsr_ray.distributed.purify import purify_corpus
+from acsr_ray.distributed.purify_settings import PurifyCorpusSettings
 from acsr_ray.operations.standing import completed, standing_for
 
 

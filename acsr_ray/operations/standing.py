@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+from pydantic import ValidationError
+
 from acsr_ray.artifacts import ArtifactError
 from acsr_ray.config import last_value
 from acsr_ray.corpus.binding import BUNDLE, read_json
@@ -10,6 +12,7 @@ from acsr_ray.corpus.ledger import Ledger
 from acsr_ray.corpus.records import LOOKED_AT, run_records
 from acsr_ray.corpus.sources import absolute_uri
 from acsr_ray.distributed.purify_settings import PurifyCorpusSettings
+from acsr_ray.filesystems import StorageSettings, connected, resolve_connection
 from acsr_ray.purification.bundle import DEFAULT_BUNDLE, bundle_digest
 
 LOCATIONS = ("bundle", "doubt", "target")
@@ -46,15 +49,29 @@ def standing_settings(output: str | None) -> dict[str, Any]:
 
 def standing_for(flags: Sequence[str]) -> Mapping[str, Any]:
     """Return the settings of the output that flags name."""
-    return standing_settings(last_value(flags, "--output"))
+    output = last_value(flags, "--output")
+    with connected(resolve_connection(_storage(flags), StorageSettings(), output or "")):
+        return standing_settings(output)
 
 
 def completed(settings: SettingsT) -> SettingsT:
     """Return settings with the output's own where nothing was given; for callers that are programs."""
-    standing = standing_settings(settings.output)
+    with connected(settings.connection):
+        standing = standing_settings(settings.output)
     missing = {name: value for name, value in standing.items() if name not in settings.model_fields_set}
     given = {name: getattr(settings, name) for name in settings.model_fields_set}
     return type(settings).model_validate({**missing, **given})
+
+
+def _storage(flags: Sequence[str]) -> StorageSettings:
+    """Return how flags say that the output is reached; they are checked as a whole afterwards."""
+    names = {name: f"--storage.{name.replace('_', '-')}" for name in StorageSettings.model_fields}
+    told: dict[str, Any] = {name: last_value(flags, flag) for name, flag in names.items()}
+    told["anonymous"] = names["anonymous"] in flags
+    try:
+        return StorageSettings.model_validate({name: value for name, value in told.items() if value})
+    except ValidationError:
+        return StorageSettings()  # the parser says what is wrong with them
 
 
 def _settings_of(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,18 +4,18 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-from acsr_ray.config import JobSettings
 from acsr_ray.corpus.lease import look
 from acsr_ray.corpus.ledger import ATTEMPTS, DATA, READY, Ledger
 from acsr_ray.corpus.records import PROGRESS, failed_units, read_object, run_records
 from acsr_ray.corpus.snapshot import Snapshot, total
 from acsr_ray.corpus.sources import CorpusError, absolute_uri
+from acsr_ray.filesystems import StoreSettings, over_stores
 
 SHOWN = 5
 RECORD_KEYS = ("run", "started_at", "outcome", "detail", "images", "this run", "elapsed_s", "removed_shards")
 
 
-class StatusSettings(JobSettings):
+class StatusSettings(StoreSettings):
     """Tell what an output holds, who writes it, how the last runs ended and what is unfinished."""
 
     sections: ClassVar[tuple[str, ...]] = ("purify_corpus",)
@@ -29,6 +29,7 @@ class StatusSettings(JobSettings):
         return told_status(summary)
 
 
+@over_stores
 def output_status(settings: StatusSettings) -> dict[str, Any]:
     """Return the status of an output, from what lies there; costs a listing and the snapshot.
 

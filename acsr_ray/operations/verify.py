@@ -10,11 +10,12 @@ from typing import Any, ClassVar, TypeVar
 from pydantic import Field
 
 from acsr_ray.columns import IMAGE
-from acsr_ray.config import JobSettings, ResumableStop
+from acsr_ray.config import ResumableStop
 from acsr_ray.corpus.lease import Lease, look
 from acsr_ray.corpus.ledger import DATA, QUARANTINE, READY, Ledger
 from acsr_ray.corpus.snapshot import Receipt, ShardEntry, Snapshot, total
 from acsr_ray.corpus.sources import CorpusError, absolute_uri
+from acsr_ray.filesystems import StoreSettings, over_stores
 from acsr_ray.operations.input_check import InputIndex, check_columns, check_coverage
 from acsr_ray.operations.unit_check import Problem, check_quarantine, check_rows, read_listed
 from acsr_ray.storage import DiskStorage
@@ -27,7 +28,7 @@ SHOWN = 50
 ItemT = TypeVar("ItemT")
 
 
-class VerifySettings(JobSettings):
+class VerifySettings(StoreSettings):
     """Check an output: digests, rows, coverage, snapshot against storage, quarantine; exit 1 with a list."""
 
     sections: ClassVar[tuple[str, ...]] = ("purify_corpus",)
@@ -55,6 +56,7 @@ class VerifySettings(JobSettings):
         return "\n".join([*lines, "clean" if summary["clean"] else "not clean"])
 
 
+@over_stores
 def verify_output(settings: VerifySettings) -> dict[str, Any]:
     """Verify an output and return what was found; `exit_code` is 1 and `error` set where something is wrong.
 

@@ -7,9 +7,10 @@ from typing import Any
 
 from pydantic import Field
 
-from acsr_ray.config import AcsrError, JobSettings
+from acsr_ray.config import AcsrError
 from acsr_ray.corpus.ledger import Ledger
 from acsr_ray.corpus.sources import absolute_uri
+from acsr_ray.filesystems import StoreSettings, over_stores
 from acsr_ray.reporting.contents import Contents, Measure, gather
 from acsr_ray.reporting.notices import notices
 from acsr_ray.reporting.page import run_page
@@ -23,7 +24,7 @@ SCHEMA_VERSION = 1
 HTML, JSON = "report.html", "report.json"
 
 
-class ReportSettings(JobSettings):
+class ReportSettings(StoreSettings):
     """Write the report of a purification run: one HTML page that needs nothing else, and report.json."""
 
     output: str
@@ -36,6 +37,7 @@ class ReportSettings(JobSettings):
     """Examples of before and after."""
 
 
+@over_stores
 def report(settings: ReportSettings) -> dict[str, Any]:
     """Write the report of a run and return where it is.
 

@@ -13,7 +13,8 @@ from acsr_ray.benchmark.stream import (
 )
 from acsr_ray.columns import IMAGE
 from acsr_ray.corpus.units import plan_units
-from acsr_ray.distributed.purify import PurifyCorpusSettings, purify_corpus
+from acsr_ray.distributed.purify import purify_corpus
+from acsr_ray.distributed.purify_settings import PurifyCorpusSettings
 from acsr_ray.distributed.runtime import RaySettings, ray_session
 from acsr_ray.purification.bundle import load_bundle, save_bundle
 

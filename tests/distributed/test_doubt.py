@@ -14,8 +14,8 @@ from acsr_ray.corpus.images import DecodeLimits
 from acsr_ray.corpus.sources import CorpusError
 from acsr_ray.corpus.units import plan_units
 from acsr_ray.distributed.doubt import CalibrateDoubtSettings, calibrate_doubt
-from acsr_ray.distributed.purify import PurifyCorpusSettings, purify_corpus
-from acsr_ray.distributed.purify_settings import deciding_settings
+from acsr_ray.distributed.purify import purify_corpus
+from acsr_ray.distributed.purify_settings import PurifyCorpusSettings, deciding_settings
 from acsr_ray.distributed.runtime import RaySettings
 from acsr_ray.evaluation.doubt_fit import DoubtError
 from acsr_ray.purification.bundle import ALGORITHM_VERSION, bundle_digest

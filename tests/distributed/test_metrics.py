@@ -18,7 +18,8 @@ from acsr_ray.distributed.metrics import METRICS, PREFIX, RunMetrics
 JOB = """
 import sys
 import ray
-from acsr_ray.distributed.purify import PurifyCorpusSettings, purify_corpus
+from acsr_ray.distributed.purify import purify_corpus
+from acsr_ray.distributed.purify_settings import PurifyCorpusSettings
 
 ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20,
          _metrics_export_port=int(sys.argv[1]), _system_config={"metrics_report_interval_ms": 500})

@@ -17,7 +17,8 @@ from acsr_ray.corpus.sources import CorpusError
 from acsr_ray.distributed import plan as plan_module
 from acsr_ray.distributed import sample_run
 from acsr_ray.distributed.plan import PLAN, ClusterSettings, PlanSettings, plan
-from acsr_ray.distributed.purify import PurifyCorpusSettings, purify_corpus
+from acsr_ray.distributed.purify import purify_corpus
+from acsr_ray.distributed.purify_settings import PurifyCorpusSettings
 from acsr_ray.distributed.runtime import RaySettings
 from acsr_ray.purification.estimate import compare
 

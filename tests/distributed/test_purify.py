@@ -22,8 +22,8 @@ from acsr_ray.config import FailedError, parse_job
 from acsr_ray.corpus.delta_types import DeltaSchemaError
 from acsr_ray.corpus.images import DecodeLimits, decode_image, encode_png, to_pixels, to_unit_range
 from acsr_ray.corpus.sources import CorpusError
-from acsr_ray.distributed.purify import PurifyCorpusSettings, purify_corpus
-from acsr_ray.distributed.purify_settings import deciding_settings
+from acsr_ray.distributed.purify import purify_corpus
+from acsr_ray.distributed.purify_settings import PurifyCorpusSettings, deciding_settings
 from acsr_ray.distributed.runtime import RaySettings
 from acsr_ray.purification.options import PurifyOptions
 from acsr_ray.purification.purifier import Purifier

@@ -10,7 +10,8 @@ from acsr_ray.benchmark.pictures import crops, images
 from acsr_ray.benchmark.stream import write_corpus
 from acsr_ray.columns import CLASS, CLUSTER, STATUS
 from acsr_ray.corpus.images import DecodeLimits, decode_image, to_pixels
-from acsr_ray.distributed.purify import PurifyCorpusSettings, purify_corpus
+from acsr_ray.distributed.purify import purify_corpus
+from acsr_ray.distributed.purify_settings import PurifyCorpusSettings
 from acsr_ray.distributed.runtime import RaySettings
 from acsr_ray.purification.bundle import load_bundle
 from acsr_ray.purification.options import PurifyOptions

@@ -321,7 +321,8 @@ def make_table() -> Callable[[range], pa.Table]:
 @pytest.fixture(scope="session")
 def purify(tiny_bundle: Path) -> Callable[..., dict[str, Any]]:
     """Purify in this process."""
-    from acsr_ray.distributed.purify import PurifyCorpusSettings, purify_corpus
+    from acsr_ray.distributed.purify import purify_corpus
+    from acsr_ray.distributed.purify_settings import PurifyCorpusSettings
 
     def run(source: Path | str, output: Path | str, **changes: Any) -> dict[str, Any]:
         fields = {"input": str(source), "output": str(output), "bundle": str(tiny_bundle), **changes}

@@ -18,7 +18,7 @@ from s3fs import S3FileSystem
 from acsr_ray.columns import PURIFIED, QUARANTINED, REASON, STATUS
 from acsr_ray.corpus.ledger import Ledger
 from acsr_ray.corpus.units import Unit, read_unit
-from acsr_ray.distributed.purify import PurifyCorpusSettings
+from acsr_ray.distributed.purify_settings import PurifyCorpusSettings
 from acsr_ray.purification.failures import failed_unit
 
 IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

@@ -10,7 +10,8 @@ from acsr_ray.corpus.images import DecodeLimits
 from acsr_ray.corpus.ledger import Ledger
 from acsr_ray.corpus.retry_request import BY_CHANCE, raised_limits
 from acsr_ray.corpus.sources import CorpusError
-from acsr_ray.distributed.purify import PurifyCorpusSettings, purify_corpus
+from acsr_ray.distributed.purify import purify_corpus
+from acsr_ray.distributed.purify_settings import PurifyCorpusSettings
 from acsr_ray.operations.retry import RetrySettings, retry
 from acsr_ray.operations.verify import VerifySettings, verify_output
 from acsr_ray.storage import StorageError

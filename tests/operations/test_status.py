@@ -12,7 +12,8 @@ from acsr_ray.corpus.lease import Lease
 from acsr_ray.corpus.ledger import Ledger
 from acsr_ray.corpus.records import failed_units, run_records
 from acsr_ray.corpus.sources import CorpusError
-from acsr_ray.distributed.purify import PurifyCorpusSettings, purify_corpus
+from acsr_ray.distributed.purify import purify_corpus
+from acsr_ray.distributed.purify_settings import PurifyCorpusSettings
 from acsr_ray.operations.status import StatusSettings, output_status, told_status
 from acsr_ray.storage import open_storage
 

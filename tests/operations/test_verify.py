@@ -16,7 +16,8 @@ from acsr_ray.config import ResumableStop
 from acsr_ray.corpus.lease import Lease, LeaseError
 from acsr_ray.corpus.ledger import Ledger
 from acsr_ray.corpus.sources import CorpusError
-from acsr_ray.distributed.purify import PurifyCorpusSettings, purify_corpus
+from acsr_ray.distributed.purify import purify_corpus
+from acsr_ray.distributed.purify_settings import PurifyCorpusSettings
 from acsr_ray.operations import verify as verifying
 from acsr_ray.operations.verify import VerifySettings, verify_output
 

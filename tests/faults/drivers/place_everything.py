@@ -21,7 +21,8 @@ from acsr_ray.clustering.elbow import ElbowConfig
 from acsr_ray.corpus.writing import write_shard
 from acsr_ray.distributed.bundling import BuildBundleSettings, build_bundle
 from acsr_ray.distributed.dictionaries import DictionaryConfig
-from acsr_ray.distributed.purify import PurifyCorpusSettings, purify_corpus
+from acsr_ray.distributed.purify import purify_corpus
+from acsr_ray.distributed.purify_settings import PurifyCorpusSettings
 from acsr_ray.distributed.runtime import RaySettings, ResourceError, share_resources
 from acsr_ray.distributed.semantics import LearnSemanticsSettings, learn_semantics
 from acsr_ray.distributed.training import (

@@ -16,7 +16,8 @@ import hooks
 import ray
 
 from acsr_ray.config import AcsrError
-from acsr_ray.distributed.purify import PurifyCorpusSettings, purify_corpus
+from acsr_ray.distributed.purify import purify_corpus
+from acsr_ray.distributed.purify_settings import PurifyCorpusSettings
 
 logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
 environment = {name: os.environ[name] for name in os.environ if name.startswith(("ACSR_", "AWS_"))}
