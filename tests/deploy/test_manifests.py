@@ -182,7 +182,9 @@ def test_secrets_are_references(name, number, what):
 
 
 @pytest.mark.parametrize(
-    "path", [ROOT / "cluster.yaml", *sorted(DEPLOY.iterdir())], ids=lambda path: path.name
+    "path",
+    [ROOT / "cluster.yaml", *sorted(path for path in DEPLOY.rglob("*") if path.is_file())],
+    ids=lambda path: path.name,
 )
 def test_no_secret_and_no_open_door_in_any_text(path):
     text = path.read_text()
