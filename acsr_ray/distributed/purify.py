@@ -24,7 +24,7 @@ from acsr_ray.corpus.isolated import DecoderSettings
 from acsr_ray.corpus.lease import Lease
 from acsr_ray.corpus.ledger import Ledger
 from acsr_ray.corpus.night import Night, NightSettings
-from acsr_ray.corpus.retry_request import RetryRequest, named_as
+from acsr_ray.corpus.retry_request import OrdinaryRun, RetryRequest
 from acsr_ray.corpus.sources import CorpusError, ImageFolder, absolute_uri
 from acsr_ray.corpus.stopping import StopRequest, stop_request
 from acsr_ray.corpus.units import Unit, UnitPlan, check_folder
@@ -170,14 +170,8 @@ def purify_corpus(settings: PurifyCorpusSettings, retry: RetryRequest | None = N
     }
     load_bundle(settings.bundle).config.with_reconstruction(settings.reconstruction)
     manifest = json.loads((find_bundle(settings.bundle) / MANIFEST).read_bytes())
-
-    def check() -> None:
-        if retry is None:
-            ledger.check(bound, manifest, anew=settings.anew)
-        else:
-            retry.check(ledger, bound)
-
-    check()
+    order = retry or OrdinaryRun(manifest, anew=settings.anew)
+    order.check(ledger, bound)
     check_there(settings.input)
     asked = NightSettings(
         settings.plan,
@@ -191,16 +185,12 @@ def purify_corpus(settings: PurifyCorpusSettings, retry: RetryRequest | None = N
         check_room(ledger.storage, settings.min_free_bytes)
         ledger.storage.check_conditional()
         # Again, and listed only now: another run may have ended since.
-        check()
+        order.check(ledger, bound)
         source = list_corpus(settings.input)
         if isinstance(source, ImageFolder):
             check_folder(source, settings.input, settings.image_column)
         stop.check()
-        if retry is None:
-            ledger.claim(bound, manifest)
-            asked = named_as(ledger, asked)
-        else:
-            asked = retry.begin(ledger, asked, bound, deciding)
+        asked = order.begin(ledger, asked, bound, deciding)
 
         def purify_units(units: list[Unit], parked: frozenset[str]) -> Iterator[pa.Table]:
             writer = {
@@ -215,8 +205,7 @@ def purify_corpus(settings: PurifyCorpusSettings, retry: RetryRequest | None = N
 
         night = Night(asked, ledger, lease, stop, purify_units)
         night.run(source)
-        if retry is not None:
-            retry.finish(ledger)
+        order.finish(ledger)
         elapsed = time.perf_counter() - started
         summary = night.summary(elapsed)
         ledger.report({**bound, **summary, "elapsed_s": round(elapsed, 1)})
