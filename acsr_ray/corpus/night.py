@@ -373,4 +373,5 @@ class Night:
         """Commit; what is new, changed or gone, and what may be left over of it, is for the next run."""
         self._commit()
         self.ledger.tidy(self._snapshot, self.lease.check)
-        self.ledger.forget_attempts({receipt.name for _, receipt in self.redone})
+        # Done or not, no run comes back to these names.
+        self.ledger.forget_attempts(self._agenda.generations.replaced)

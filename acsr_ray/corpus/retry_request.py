@@ -43,6 +43,40 @@ CANNOT = (
 )
 
 
+class OrdinaryRun:
+    """A run that does what is new, what changed, and what is missing: what a retry is not.
+
+    Args:
+        bundle: manifest of the bundle.
+        anew: whether an output of other settings is replaced.
+    """
+
+    def __init__(self, bundle: Mapping[str, Any] | None, *, anew: bool) -> None:
+        self._bundle, self._anew = bundle, anew
+
+    def check(self, ledger: Ledger, bound: Mapping[str, Any]) -> None:
+        """Refuse an output of other settings; see `Binding.check`."""
+        ledger.check(bound, self._bundle, anew=self._anew)
+
+    def begin(
+        self, ledger: Ledger, asked: NightSettings, bound: Mapping[str, Any], deciding: Mapping[str, Any]
+    ) -> NightSettings:
+        """Bind the output and return the run's settings, its units named as those of the output are."""
+        ledger.claim(bound, self._bundle)
+        order = ledger.binding.retry_order()
+        if order is not None and order.is_open:
+            logger.warning(
+                "retry %d of %s, of %s, has not come to its end: `acsr-ray retry` goes on with it",
+                order.number,
+                ledger.output,
+                order.since,
+            )
+        return replace(asked, fingerprint=ledger.binding.naming(json_digest(deciding)))
+
+    def finish(self, ledger: Ledger) -> None:
+        """Do nothing: what is left undone the next run finds."""
+
+
 class RetryRequest:
     """A wish to do units of an output again.
 
@@ -64,12 +98,14 @@ class RetryRequest:
             known = ", ".join(QUARANTINE_REASONS)
             raise CorpusError(f"no row is quarantined for {', '.join(unknown)}{hint}; reasons: {known}")
         self._reasons = reasons
+        self._raised = frozenset[str]()
+        """Reasons whose rows may be accepted because limits were raised."""
         self._bound: Mapping[str, Any] = {}
         self._order: RetryOrder | None = None
         self._fingerprint = ""
 
-    def check(self, ledger: Ledger, bound: Mapping[str, Any]) -> frozenset[str]:
-        """Return the reasons that raised limits bring with them; writes nothing.
+    def check(self, ledger: Ledger, bound: Mapping[str, Any]) -> None:
+        """Refuse what a retry cannot do; writes nothing.
 
         Args:
             ledger: of the output.
@@ -86,14 +122,13 @@ class RetryRequest:
         lines = [f"\n  {key}: {was!r} -> {now!r}" for key, (was, now) in changed.items()]
         if lines:
             raise CorpusError(CANNOT + "".join(lines))
-        raised = raised_limits(before.get("decode", {}), bound["decode"])
-        unlisted = ledger.finished() - ledger.snapshot().names() if raised else set()
+        self._raised = raised_limits(before.get("decode", {}), bound["decode"])
+        unlisted = ledger.finished() - ledger.snapshot().names() if self._raised else set()
         if unlisted:
             raise CorpusError(
                 f"a run of {ledger.output} did not end and left {len(unlisted)} units, which were made under "
                 "the limits of before; end it first, by the same command, and then retry with other limits"
             )
-        return raised
 
     def begin(
         self, ledger: Ledger, asked: NightSettings, bound: Mapping[str, Any], deciding: Mapping[str, Any]
@@ -106,8 +141,8 @@ class RetryRequest:
             bound: what the output will be bound to.
             deciding: those of them that decide rows.
         """
-        raised = self.check(ledger, bound)
-        snapshot, before = ledger.snapshot(), ledger.binding.settings() or {}
+        self.check(ledger, bound)
+        snapshot, before, raised = ledger.snapshot(), ledger.binding.settings() or {}, self._raised
         reasons, shards = self._reasons or _by_chance(snapshot), frozenset[str]()
         if not self._reasons or raised:
             shards = frozenset(r for r, entry in snapshot.shards.items() if not entry.complete)
@@ -132,19 +167,6 @@ class RetryRequest:
         """Close the order: all of it was tried, and what failed again is told."""
         if self._order is not None:
             ledger.binding.order_retry(replace(self._order, is_open=False), self._bound, self._fingerprint)
-
-
-def named_as(ledger: Ledger, asked: NightSettings) -> NightSettings:
-    """Return the settings of a run that is no retry, its units named as those of the output are."""
-    order = ledger.binding.retry_order()
-    if order is not None and order.is_open:
-        logger.warning(
-            "retry %d of %s, of %s, has not come to its end: `acsr-ray retry` goes on with it",
-            order.number,
-            ledger.output,
-            order.since,
-        )
-    return replace(asked, fingerprint=ledger.binding.naming(asked.fingerprint))
 
 
 def raised_limits(before: Mapping[str, Any], now: Mapping[str, Any]) -> frozenset[str]:

@@ -18,7 +18,7 @@ from acsr_ray.corpus.lease import Lease
 from acsr_ray.corpus.ledger import Ledger
 from acsr_ray.corpus.night import Night, NightSettings
 from acsr_ray.corpus.observing import ObservedRun, read_plan
-from acsr_ray.corpus.retry_request import RetryRequest, named_as
+from acsr_ray.corpus.retry_request import OrdinaryRun, RetryRequest
 from acsr_ray.corpus.run_record import RunAbout, RunTally
 from acsr_ray.corpus.sources import CorpusError, ImageFolder
 from acsr_ray.corpus.stopping import stop_request
@@ -73,14 +73,8 @@ def _purify_corpus(
     bound = binding_settings(settings, deciding)
     load_bundle(settings.bundle).config.with_reconstruction(settings.reconstruction)
     manifest = json.loads((find_bundle(settings.bundle) / MANIFEST).read_bytes())
-
-    def check() -> None:
-        if retry is None:
-            ledger.check(bound, manifest, anew=settings.anew)
-        else:
-            retry.check(ledger, bound)
-
-    check()
+    order = retry or OrdinaryRun(manifest, anew=settings.anew)
+    order.check(ledger, bound)
     check_there(location)
     asked = NightSettings(
         settings.plan,
@@ -99,18 +93,14 @@ def _purify_corpus(
         check_room(ledger.storage, settings.min_free_bytes)
         ledger.storage.check_conditional()
         # Again, and listed only now: another run may have ended since.
-        check()
+        order.check(ledger, bound)
         about = about_run(settings, bound, ledger, lease)
         observed = ObservedRun(about, tally, ledger.storage, is_ours=lambda: not lease.is_lost)
         with _reported(ledger, observed, settings.report), observed:
             source = list_corpus(location)
             check_source(source, location, settings.image_column)
             stop.check()
-            if retry is None:
-                ledger.claim(bound, manifest)
-                asked = named_as(ledger, asked)
-            else:
-                asked = retry.begin(ledger, asked, bound, deciding)
+            asked = order.begin(ledger, asked, bound, deciding)
             if settings.delta:
                 begin_delta(ledger.storage, None if isinstance(source, ImageFolder) else source[0])
 
@@ -127,8 +117,7 @@ def _purify_corpus(
 
             night = Night(asked, ledger, lease, stop, purify_units, tally)
             night.run(source)
-            if retry is not None:
-                retry.finish(ledger)
+            order.finish(ledger)
             summary = night.summary(time.perf_counter() - started)
             _check_failed(night.failed)
             _check_left_out(ledger)

@@ -9,7 +9,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from pydantic import Field
@@ -24,6 +24,7 @@ from acsr_ray.corpus.stopping import StopRequest, StopRequested, stop_request
 from acsr_ray.distributed.purify import purify_corpus
 from acsr_ray.distributed.purify_settings import PurifyCorpusSettings
 from acsr_ray.operations.standing import completed, standing_for
+from acsr_ray.storage import StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,6 @@ class Attempts:
     outcome: str = "done"
     error: str = ""
     exit_code: int = 0
-    failed_units: dict[str, str] = field(default_factory=dict)
 
     def end(self, outcome: str, error: AcsrError, exit_code: int) -> None:
         """Note the end of the night."""
@@ -86,9 +86,12 @@ def repurify_nightly(settings: RepurifyNightlySettings) -> dict[str, Any]:
     before = ledger.snapshot()
     with stop_request() as stop:
         attempts = _attempt(settings, before, stop)
-    after = ledger.snapshot()
-    night = compare(before, after)
-    refused = {uri: why for uri, why in after.refused.items()}
+    try:
+        after = ledger.snapshot()
+    except StorageError as error:
+        after = before
+        attempts.end("stopped", error, error.exit_code)
+    night, refused = compare(before, after), after.refused
     summary: dict[str, Any] = {
         "outcome": attempts.outcome,
         **night,

@@ -26,7 +26,7 @@ from acsr_ray.corpus.changes import list_corpus
 from acsr_ray.corpus.lease import Lease
 from acsr_ray.corpus.ledger import Ledger
 from acsr_ray.corpus.night import Night, NightSettings
-from acsr_ray.corpus.retry_request import RetryRequest, named_as
+from acsr_ray.corpus.retry_request import OrdinaryRun, RetryRequest
 from acsr_ray.corpus.stopping import stop_request
 from acsr_ray.corpus.units import Unit, UnitPlan, read_unit
 
@@ -45,13 +45,9 @@ def main(source: str, output: str, side: int) -> None:
     bound = {**deciding, "input": source}
     asked = NightSettings(UnitPlan(unit_rows=5), json_digest(deciding), wave_units=3)
     with stop_request() as stop, Lease(ledger.storage, stale_s=3.0, beat_s=0.5) as lease:
-        request = RetryRequest(frozenset()) if side > USUAL_SIDE else None
-        if request is None:
-            ledger.check(bound)
-            ledger.claim(bound)
-            asked = named_as(ledger, asked)
-        else:
-            asked = request.begin(ledger, asked, bound, deciding)
+        order = RetryRequest(frozenset()) if side > USUAL_SIDE else OrdinaryRun(None, anew=False)
+        order.check(ledger, bound)
+        asked = order.begin(ledger, asked, bound, deciding)
 
         def publish(units: list[Unit], parked: frozenset[str]) -> Iterator[pa.Table]:
             for unit in units:
@@ -82,8 +78,7 @@ def main(source: str, output: str, side: int) -> None:
 
         night = Night(asked, ledger, lease, stop, publish)
         night.run(list_corpus(source))
-        if request is not None:
-            request.finish(ledger)
+        order.finish(ledger)
         summary = night.summary(1.0)
         ledger.report(summary)
     print(json.dumps(summary))
