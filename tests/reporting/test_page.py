@@ -253,6 +253,14 @@ def test_a_picture_without_original_says_why(contents):
     assert len(page.named("img")) == 1
 
 
+def test_a_part_of_an_image_is_called_one(contents):
+    one = replace(contents.examples["typical"][0], height=300, width=400)
+    words = Page(run_page(replace(contents, examples={"typical": (one,)}))).words.replace(
+        "\N{MULTIPLICATION SIGN}", "x"
+    )
+    assert "400 x 300 pixels, the middle 16 x 16 shown" in words
+
+
 @pytest.mark.parametrize("outcome", ["stopped", "failed", "running"])
 def test_a_run_that_is_not_done_says_so_first(contents, outcome):
     record = contents.record.model_copy(update={"outcome": outcome, "detail": "No room left"})

@@ -1,6 +1,7 @@
 """The sample: always the same, of few files, over all clusters, and never an image that was refused."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -144,3 +145,11 @@ def test_units_of_the_run_are_taken_where_they_are_known(purified):
     assert [place.receipt.name for place in places(snapshot, [names[1], "gone"])] == [names[1]]
     assert len(places(snapshot, ["gone"])) == len(names)
     assert places(Snapshot()) == []
+
+
+def test_equal_numbers_are_no_reason_for_another_choice():
+    rows = [replace(row, residual=0.5, distance=1.0) for row in made_up(units=8)]
+    one, other = choose(rows, 8), choose(rows[::-1], 8)
+    assert [row.path for row in one["largest"]] == [row.path for row in other["largest"]]
+    # As if at random, not the first of the corpus.
+    assert [row.path for row in one["farthest"]] != ["0"]
