@@ -8,7 +8,7 @@ and those of a run's units are the run's. Nothing here grows with the number of 
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -67,7 +67,7 @@ class UnitFacts:
 
     def to_json(self) -> str:
         """Serialise."""
-        return json.dumps(asdict(self), separators=(",", ":"))
+        return json.dumps(vars(self), separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> "UnitFacts":

@@ -76,7 +76,7 @@ class ObservedRun:
     ) -> None:
         self.record: dict[str, Any] = {}
         self._about, self._tally, self._pace = about, tally, pace or Pace()
-        self._corpus: Mapping[str, Any] = {}
+        self._corpus: Mapping[str, Any] | None = None
         self._console = console or open_console()
         self._writer = SideWriter(storage, is_ours)
         self._closing = threading.Event()

@@ -112,8 +112,8 @@ class RunTally:
 
     def __init__(self, listener: Listener | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self.listener = listener or NoListener()
-        self.corpus: Callable[[], Mapping[str, Any]] = dict
-        """Gives the totals of the output's snapshot; asked when the run begins and ends."""
+        self.corpus: Callable[[], Mapping[str, Any] | None] = lambda: None
+        """Gives the totals of the output's snapshot, None while that is not read; asked seldom."""
         self._lock, self._clock = threading.Lock(), clock
         self._began = self._last_unit = clock()
         self._facts, self._units = UnitFacts(), 0
@@ -221,7 +221,7 @@ class RunTally:
             }
 
     def record(
-        self, about: RunAbout, outcome: Outcome, detail: str, corpus: Mapping[str, Any]
+        self, about: RunAbout, outcome: Outcome, detail: str, corpus: Mapping[str, Any] | None
     ) -> dict[str, Any]:
         """Return what `record.json` holds.
 
@@ -229,7 +229,7 @@ class RunTally:
             about: the run.
             outcome: how it stands.
             detail: why it stopped or failed.
-            corpus: totals of the output's snapshot.
+            corpus: totals of the output's snapshot; None where they are not known.
         """
         with self._lock:
             elapsed, facts = self._clock() - self._began, self._facts
@@ -258,10 +258,11 @@ class RunTally:
                 "failed_units_total": self._failed.number,
                 "removed_shards": self._removed,
                 "unit_names": list(self._named),
-                "corpus": {
-                    "images": corpus.get("rows", 0),
-                    "statuses": dict(corpus.get("statuses", {})),
-                    "quarantined": dict(corpus.get("quarantined", {})),
+                "corpus": corpus
+                and {
+                    "images": corpus["rows"],
+                    "statuses": corpus["statuses"],
+                    "quarantined": corpus["quarantined"],
                 },
                 "plan": plan,
             }

@@ -78,13 +78,9 @@ def test_a_record_has_the_documented_keys_and_is_json():
     assert record["corpus"] == {"images": 9, "statuses": {"purified": 9}, "quarantined": {}}
     for name in ("residual", "distance"):
         assert len(record[name]["edges"]) == len(record[name]["counts"]) + 1
-    empty = RunTally().record(ABOUT, "running", "", {})
-    assert (empty["images"], empty["batch_fill"], empty["plan"], empty["corpus"]["images"]) == (
-        0,
-        None,
-        None,
-        0,
-    )
+    empty = RunTally().record(ABOUT, "running", "", None)
+    assert empty["images"] == 0
+    assert (empty["batch_fill"], empty["plan"], empty["corpus"]) == (None, None, None)
     assert empty["timeline"][0] == (0.0, 0)
 
 
@@ -109,7 +105,7 @@ def test_what_is_added_is_told(clock):
     tally.removed(3)
     tally.refuse("s3://b/x", "not_parquet")
     tally.fail("u9", "as told")
-    record = tally.record(ABOUT, "failed", "why", {})
+    record = tally.record(ABOUT, "failed", "why", None)
     assert (record["images"], record["units"], record["clusters"]) == (50, 5, {"0/1": 50})
     assert record["stage_seconds"] == {"A": 3.5, "B": 0.25}
     assert record["residual"]["counts"] == [50]
@@ -188,7 +184,7 @@ def test_a_timeline_of_any_length_has_few_points_evenly():
 
 def test_a_record_does_not_grow_with_the_run():
     sizes = []
-    for units in (3_000, 30_000):
+    for units in (2_000, 12_000):
         tally, generator = RunTally(), random.Random(0)
         for number in range(units):
             tally.done(
@@ -196,7 +192,7 @@ def test_a_record_does_not_grow_with_the_run():
             )
             tally.refuse(f"shard-{number:08d}", "not_parquet")
             tally.fail(f"unit-{number:08d}", "as told")
-        record = tally.record(ABOUT, "done", "", {})
+        record = tally.record(ABOUT, "done", "", None)
         assert record["refused_shards_total"] == record["failed_units_total"] == units
         assert len(record["refused_shards"]) == MOST_NAMED
         assert MOST_UNITS / 2 <= len(record["unit_names"]) <= MOST_UNITS
@@ -210,14 +206,14 @@ def test_many_threads_lose_nothing():
     def work():
         for _ in range(500):
             tally.done("u", facts(1))
-            tally.record(ABOUT, "running", "", {})
+            tally.record(ABOUT, "running", "", None)
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert tally.record(ABOUT, "done", "", {})["images"] == 2000
+    assert tally.record(ABOUT, "done", "", None)["images"] == 2000
 
 
 def test_listeners_hear_of_every_unit():
