@@ -9,7 +9,7 @@ import pytest
 
 from acsr_ray.corpus.ledger import Ledger
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 
 SECRET, KEY = "a-very-secret-value", "a-key-of-the-driver"
 
