@@ -15,7 +15,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -52,10 +52,11 @@ class Head:
     folder: Path
     environment: dict[str, str]
     """Of who is let in."""
+    processes: list["subprocess.Popen[str]"] = field(default_factory=list)
 
     def start(self, *command: object, **changes: str) -> "subprocess.Popen[str]":
         """Start a program of this environment; its output is one text."""
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [BIN / str(command[0]), *map(str, command[1:])],
             env={**self.environment, **changes},
             stdout=subprocess.PIPE,
@@ -64,6 +65,8 @@ class Head:
             # Not the clone that the tests are in: what runs is what was sent, or what is installed.
             cwd=self.folder,
         )
+        self.processes.append(process)
+        return process
 
     def submit(self, *options: object, job: list[object]) -> "subprocess.Popen[str]":
         program = [sys.executable, "-m", "acsr_ray.cli", "submit", "--address", self.address]
@@ -75,21 +78,28 @@ class Head:
         assert process.returncode == 0, told
         return told
 
+    def running(self) -> list[str]:
+        """Return the jobs that run."""
+        headers = {"Authorization": f"Bearer {TOKEN}"}
+        request = urllib.request.Request(f"{self.address}/api/jobs/", headers=headers)
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            jobs = json.load(reply)
+        return [job["submission_id"] for job in jobs if job["submission_id"] and job["status"] == "RUNNING"]
+
     def submission(self) -> str:
         """Return the one job that runs."""
-        url = f"{self.address}/api/jobs/"
-        headers = {"Authorization": f"Bearer {TOKEN}"}
-        ends = time.monotonic() + 60
-        while time.monotonic() < ends:
-            with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as reply:
-                jobs = json.load(reply)
-            names = [
-                job["submission_id"] for job in jobs if job["submission_id"] and job["status"] == "RUNNING"
-            ]
-            if names:
-                return names[0]
-            time.sleep(0.2)
-        raise AssertionError("no job runs")
+        (name,) = self.running()
+        return name
+
+    def clear(self) -> None:
+        """End what a test that failed has left."""
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+        self.processes.clear()
+        for name in self.running():
+            self.ray("job", "stop", "--address", self.address, name)
 
 
 def free_environment() -> dict[str, str]:
@@ -157,17 +167,20 @@ def heads(tmp_path_factory):
 
 @pytest.fixture(params=MODES)
 def head(request, heads):
-    return heads(request.param)
+    yield heads(request.param)
+    heads(request.param).clear()
 
 
 @pytest.fixture
 def open_head(heads):
-    return heads("disabled")
+    yield heads("disabled")
+    heads("disabled").clear()
 
 
 @pytest.fixture
 def closed_head(heads):
-    return heads("token")
+    yield heads("token")
+    heads("token").clear()
 
 
 @pytest.fixture
