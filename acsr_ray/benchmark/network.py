@@ -19,13 +19,10 @@ GPU_PIXELS = 4096 * 32 * 32
 
 
 def benchmark_unrolled(bundle: str, side: int, *, device: str, repeats: int) -> list[Row]:
-    """Return rows of all precisions; the peer is one call in PyTorch's default layout and float32."""
+    """Return rows of both precisions; the peer is one call in PyTorch's default layout and float32."""
     count = max(2, (GPU_PIXELS if device == "cuda" else PIXELS) // side**2)
     batch = images(count, side).to(device)
-    # On CPUs, tf32 is float32.
     precisions: tuple[Precision, ...] = ("float32", "bfloat16")
-    if device == "cuda":
-        precisions = ("float32", "tf32", "bfloat16")
     purifiers: dict[Precision, Purifier] = {}
     for precision in precisions:
         options = PurifyOptions(reconstruction="unrolled", precision=precision)
@@ -63,7 +60,7 @@ def benchmark_unrolled(bundle: str, side: int, *, device: str, repeats: int) -> 
             seconds["plain"] / count,
             # The ceiling was measured in float32.
             flop=counter.get_total_flops() / count if precision == "float32" else None,
-            note="" if precision == "float32" else f"at most {levels[precision]:.2f} levels from float32",
+            note="" if precision == "float32" else f"at most {levels[precision]:.1f} levels from float32",
         )
         for precision in precisions
     ]

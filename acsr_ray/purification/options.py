@@ -7,7 +7,7 @@ from pydantic import Field
 from acsr_ray.config import Described
 
 Reconstruction = Literal["cbpdn", "unrolled"]
-Precision = Literal["float32", "tf32", "bfloat16"]
+Precision = Literal["float32", "bfloat16"]
 Strength = Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["auto"]
 
 
@@ -25,6 +25,5 @@ class PurifyOptions(Described):
     that all clusters share."""
     precision: Precision = "float32"
     """Of the unrolled network. `bfloat16` takes less than half the time on CPUs that compute in it, and
-    moves pixels by a third of a level in the mean square, single ones of photos by up to a dozen. `tf32`
-    takes a quarter of the time on GPUs that have it and moves pixels by a tenth of a level; on CPUs it is
-    float32. No effect on cbpdn."""
+    moves pixels by a third of a level in the mean square, single ones of photos by up to a dozen. No effect
+    on cbpdn."""

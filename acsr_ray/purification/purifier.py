@@ -105,7 +105,8 @@ class Purifier(nn.Module):
         self.device = device
         """Where it computes, whatever device images come from."""
         if device.type == "cuda":
-            # TF32 convolutions differ from the CPU's by about 1e-3, enough to select other clusters.
+            # TF32 convolutions differ from the CPU's by about 1e-3, enough to select other clusters, and
+            # their last bits depend on where an image lies in a call (seen on an H100).
             torch.backends.cudnn.allow_tf32 = False
             # Some of its algorithms add up in whatever order their threads come.
             torch.backends.cudnn.deterministic = True

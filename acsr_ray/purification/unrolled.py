@@ -1,7 +1,5 @@
 """The trained reconstruction of a bundle, in fixed-shape micro-batches and aligned tiles."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -87,23 +85,9 @@ class UnrolledReconstruction(nn.Module):
     def _bands(self, bands: Tensor, **state: Tensor) -> Tensor:
         lowpass, highpass = bands.chunk(2, 1)
         half = self.precision == "bfloat16"
-        with (
-            torch.autocast(bands.device.type, torch.bfloat16, enabled=half),
-            _tf32_convolutions(self.precision == "tf32"),
-        ):
+        with torch.autocast(bands.device.type, torch.bfloat16, enabled=half):
             reconstruction: Tensor = self.network(lowpass, highpass, **state)
         return reconstruction.float()
-
-
-@contextmanager
-def _tf32_convolutions(allowed: bool) -> Iterator[None]:
-    """Let a GPU's convolutions round their factors to TF32, here and not in the encoder."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
 
 
 def micro_batch(height: int, width: int, device: str) -> int:

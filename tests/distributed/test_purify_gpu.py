@@ -24,6 +24,8 @@ pytestmark = [
 ]
 
 BUNDLE, COUNT, SIDE = "cifar10-small", 500, 32
+# Of so many the CPU computes the pixels too.
+CHECKED = 100
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +35,7 @@ def ray_with_gpu():
     ray.shutdown()
 
 
-@pytest.mark.parametrize("actors", [1, 2])
-@pytest.mark.parametrize("way", ["unrolled", "cbpdn"])
+@pytest.mark.parametrize(("way", "actors"), [("unrolled", 1), ("unrolled", 2), ("cbpdn", 1)])
 def test_the_job_gives_what_the_cpu_gives(way, actors, tmp_path, ray_with_gpu):
     bundle = load_bundle(BUNDLE)
     source = write_corpus(tmp_path / "in", COUNT, SIDE)
@@ -57,12 +58,14 @@ def test_the_job_gives_what_the_cpu_gives(way, actors, tmp_path, ray_with_gpu):
     config = bundle.config.model_copy(update={"cbpdn": cbpdn})
     named = type(bundle)(config, bundle.encoder, bundle.gaussians, bundle.atoms, bundle.reconstruction)
     with torch.inference_mode():
-        oracle = Purifier(named, options=PurifyOptions(reconstruction=way)).purify(images(COUNT, SIDE))
+        oracle = Purifier(named, options=PurifyOptions(reconstruction=way)).purify(
+            images(COUNT, SIDE)[:CHECKED]
+        )
     expected = to_pixels(oracle.images.numpy())
-    chosen = np.array([(row[CLASS], row[CLUSTER]) for row in rows])
+    chosen = np.array([(row[CLASS], row[CLUSTER]) for row in rows[:CHECKED]])
     same = (chosen == torch.stack([oracle.class_id, oracle.cluster_id], 1).numpy()).all(1)
     assert same.mean() > 0.99
-    apart = np.abs(purified.astype(int) - expected.astype(int))[same]
+    apart = np.abs(purified[:CHECKED].astype(int) - expected.astype(int))[same]
     print(f"\n{way}: {same.mean():.4f} same cluster, {(apart == 0).mean():.6f} of values equal", end="")
     assert apart.max() <= 1
     assert (apart == 0).mean() > 0.999

@@ -274,14 +274,6 @@ def test_bfloat16_moves_pixels_little_and_only_by_the_image(bundles, batch):
     assert_same_bits(outcome, joined([half.purify(part) for part in images.split(3)]))
 
 
-def test_tf32_is_of_gpus_alone(bundles, batch):
-    images = batch(4, seed=9)
-    before = torch.backends.cudnn.allow_tf32
-    rounded = Purifier.load(bundles["global"], options=PurifyOptions(precision="tf32")).purify(images)
-    assert torch.backends.cudnn.allow_tf32 == before
-    assert_same_bits(rounded, Purifier.load(bundles["global"]).purify(images))
-
-
 def test_precision_is_part_of_a_runs_identity(bundles):
     config = load_bundle(bundles["global"]).config
     assert config.changed(PurifyOptions(precision="float32")) == config.changed(PurifyOptions())
