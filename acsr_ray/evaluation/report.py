@@ -3,22 +3,13 @@
 Nothing is loaded from elsewhere and nothing runs, so the page can be mailed and opened offline.
 """
 
-import base64
-import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from acsr_ray.corpus.images import Pixels, encode_png
+from acsr_ray.evaluation.markup import Markup, element, image, joined, page
 from acsr_ray.evaluation.sanity import SanityWarning
 from acsr_ray.evaluation.tables import Table
-
-STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem}"
-    "table{border-collapse:collapse}td,th{border:1px solid #bbb;padding:.3rem .7rem;text-align:right}"
-    "td:first-child,th:first-child{text-align:left}caption{text-align:left;padding:.3rem 0}"
-    "img{max-width:100%}img.panel{image-rendering:pixelated}figure{margin:1rem 0}"
-    ".scroll{overflow-x:auto}.warnings{border-left:4px solid #d55e00;background:#fdf1e9;padding:.3rem 1rem}"
-)
 
 
 @dataclass(frozen=True)
@@ -52,47 +43,48 @@ class Section:
 
 def html_report(title: str, sections: Sequence[Section]) -> str:
     """Return the page; all text is escaped."""
-    body = "".join(map(_section, sections))
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>{body}</html>\n"
+    return page(title, element("h1", title), *map(_section, sections))
+
+
+def _section(section: Section) -> Markup:
+    heading = (element("h2", section.heading),) if section.heading else ()
+    return element(
+        "section",
+        *heading,
+        *(element("p", text) for text in section.paragraphs),
+        warning_box([(warning.name, warning.message) for warning in section.warnings]),
+        *map(table_markup, section.tables),
+        *(_figure(figure.caption, figure.png, "figure") for figure in section.figures),
+        *(_figure(panel.caption, encode_png(panel.pixels), "panel") for panel in section.panels),
     )
 
 
-def _section(section: Section) -> str:
-    heading = f"<h2>{html.escape(section.heading)}</h2>" if section.heading else ""
-    paragraphs = "".join(f"<p>{html.escape(text)}</p>" for text in section.paragraphs)
-    tables = "".join(map(_table, section.tables))
-    figures = "".join(_image(figure.caption, figure.png, "figure") for figure in section.figures)
-    panels = "".join(_image(panel.caption, encode_png(panel.pixels), "panel") for panel in section.panels)
-    return f"<section>{heading}{paragraphs}{_warnings(section.warnings)}{tables}{figures}{panels}</section>"
-
-
-def _warnings(warnings: Sequence[SanityWarning]) -> str:
+def warning_box(warnings: Sequence[tuple[str, str]]) -> Markup:
+    """Return a box of (name, message), nothing where there are none."""
     if not warnings:
-        return ""
-    items = "".join(
-        f"<li><b>{html.escape(warning.name)}</b>: {html.escape(warning.message)}</li>" for warning in warnings
-    )
-    return f'<div class="warnings" role="note"><ul>{items}</ul></div>'
+        return Markup()
+    items = (element("li", element("b", name), f": {message}") for name, message in warnings)
+    return element("div", element("ul", *items), class_="warnings", role="note")
 
 
-def _table(table: Table) -> str:
-    title = f"<b>{html.escape(table.title)}</b>" if table.title else ""
-    words = f"{title} {html.escape(table.caption)}".strip()
-    caption = f"<caption>{words}</caption>" if words else ""
-    body = "".join(_line(row, "td") for row in table.rows)
-    return f'<div class="scroll"><table>{caption}{_line(table.header, "th")}{body}</table></div>'
+def table_markup(table: Table, kind: str | None = None) -> Markup:
+    """Return a table that scrolls on its own where the page is narrow.
+
+    Args:
+        table: what it holds.
+        kind: `words` for columns of text, which are set to the left.
+    """
+    title = element("b", table.title) if table.title else Markup()
+    words = joined(title, " " if table.title and table.caption else "", table.caption)
+    caption = (element("caption", words),) if words else ()
+    lines = (_line(table.header, "th"), *(_line(row, "td") for row in table.rows))
+    return element("div", element("table", *caption, *lines, class_=kind), class_="scroll")
 
 
-def _line(cells: Sequence[str], tag: str) -> str:
-    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+def _line(cells: Sequence[str], tag: str) -> Markup:
+    return element("tr", *(element(tag, cell) for cell in cells))
 
 
-def _image(caption: str, png: bytes, kind: str) -> str:
-    text = html.escape(caption)
-    caption_line = f"<figcaption>{text}</figcaption>" if text else ""
-    data = base64.b64encode(png).decode()
-    return (
-        f'<figure>{caption_line}<img class="{kind}" alt="{text}" src="data:image/png;base64,{data}"></figure>'
-    )
+def _figure(caption: str, png: bytes, kind: str) -> Markup:
+    line = (element("figcaption", caption),) if caption else ()
+    return element("figure", *line, image(png, caption, class_=kind))
