@@ -106,7 +106,11 @@ class CheckedParquet(pq.ParquetFile):  # type: ignore[misc]
 
     def column_bytes(self, name: str) -> int:
         """Return the size in bytes, not compressed, that the footer says a column has, its parts included."""
-        chunks = (chunk for group in self._footer.row_groups for chunk in group.column_bytes)
+        return sum(self.group_bytes(group, name) for group in range(len(self._footer.row_groups)))
+
+    def group_bytes(self, group: int, name: str) -> int:
+        """Return the same of one row group."""
+        chunks = self._footer.row_groups[group].column_bytes
         return sum(size for outermost, size in chunks if outermost == name.encode())
 
 

@@ -1,4 +1,4 @@
-"""Chosen rows of Parquet shards as pixels at native size: what a cluster's dictionary is learnt from."""
+"""Chosen rows of Parquet shards: as pixels to learn a cluster's dictionary from, or as they are stored."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from acsr_ray.columns import IMAGE
-from acsr_ray.corpus.containers import open_parquet
+from acsr_ray.corpus.containers import ContainerError, open_parquet
 from acsr_ray.corpus.images import DecodeLimits, Pixels, decode_image
 from acsr_ray.corpus.labelled import image_bytes
 
@@ -36,6 +36,38 @@ def read_rows(rows: Sequence[tuple[str, int]], limits: DecodeLimits) -> list[Pix
         for position, data in zip(positions, image_bytes(chosen), strict=True):
             images[position] = decode_image(data, limits)
     return [images[position] for position in range(len(rows))]
+
+
+def read_cells(uri: str, rows: Sequence[int], columns: Sequence[str], most_bytes: float) -> pa.Table:
+    """Read chosen rows as they are stored, from the row groups that hold them.
+
+    Args:
+        uri: of the shard, which may be hostile.
+        rows: ascending, without repetition.
+        columns: names of columns; those that it has not are left out.
+        most_bytes: that the columns of one row group may have; one at a time is in memory.
+
+    Raises:
+        ContainerError: the file is refused, has not so many rows, or a row group is larger.
+        OSError: the store does not deliver it.
+    """
+    parts: list[pa.Table] = []
+    with open_parquet(uri) as file:
+        columns = [name for name in columns if name in file.schema_arrow.names]
+        start = taken = 0
+        for group in range(file.metadata.num_row_groups):
+            end = start + file.metadata.row_group(group).num_rows
+            inside = [row - start for row in rows if start <= row < end]
+            start = end
+            if not inside:
+                continue
+            if sum(file.group_bytes(group, name) for name in columns) > most_bytes:
+                raise ContainerError("too_large", f"{uri}: row group {group} is too large to be looked into")
+            parts.append(file.read_row_group(group, columns=columns).take(pa.array(inside, pa.int64())))
+            taken += len(inside)
+        if taken != len(rows) or not parts:
+            raise ContainerError("unreadable", f"{uri} has {start} rows, not row {max(rows, default=0)}")
+    return pa.concat_tables(parts)
 
 
 def crop_alike(images: Sequence[Pixels], side: int, smallest: int, seed: int) -> Pixels:

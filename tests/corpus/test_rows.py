@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from acsr_ray.corpus.containers import CheckedParquet, ContainerError
 from acsr_ray.corpus.images import DecodeLimits, ImageError
-from acsr_ray.corpus.rows import crop_alike, read_rows
+from acsr_ray.corpus.rows import crop_alike, read_cells, read_rows
 
 LIMITS = DecodeLimits()
 
@@ -64,3 +65,27 @@ def test_crops_are_squares_cut_from_the_images(sizes, side, smallest, seed):
 def test_crop_positions_follow_the_seed(smooth_pixels):
     images = list(smooth_pixels(4, 40, 40, seed=0))
     assert not np.array_equal(crop_alike(images, 8, 1, seed=0), crop_alike(images, 8, 1, seed=1))
+
+
+def test_cells_come_from_their_row_groups_alone(tmp_path, hf_table, write_parquet, monkeypatch):
+    path = str(
+        write_parquet(tmp_path / "a.parquet", hf_table([bytes([n]) for n in range(10)]), row_group_size=3)
+    )
+    groups = []
+    original = CheckedParquet.read_row_group
+    monkeypatch.setattr(
+        CheckedParquet, "read_row_group", lambda self, at, **kw: groups.append(at) or original(self, at, **kw)
+    )
+    got = read_cells(path, [1, 2, 9], ("image", "absent"), 1e6)
+    assert got.column_names == ["image"]
+    assert [cell["bytes"] for cell in got["image"].to_pylist()] == [b"\x01", b"\x02", b"\x09"]
+    assert groups == [0, 3]
+
+
+def test_a_row_group_beyond_the_limit_is_not_read(tmp_path, hf_table, write_parquet):
+    path = str(write_parquet(tmp_path / "a.parquet", hf_table([b"x" * 5000, b"y" * 10]), row_group_size=1))
+    assert read_cells(path, [1], ("image",), 2000).num_rows == 1
+    with pytest.raises(ContainerError, match="row group 0 is too large"):
+        read_cells(path, [0], ("image",), 2000)
+    with pytest.raises(ContainerError, match="has 2 rows, not row 2"):
+        read_cells(path, [1, 2], ("image",), 2000)
