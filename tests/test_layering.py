@@ -16,6 +16,7 @@ LAYERS = (
     ("purification",),
     ("training",),
     ("evaluation",),
+    ("reporting",),
     ("distributed",),
     ("benchmark",),
     ("demo",),
