@@ -1,0 +1,36 @@
+"""What the charts say in words: the figures behind them."""
+
+import re
+
+import pytest
+
+from acsr_ray.reporting.plots import over_time, planned
+from acsr_ray.reporting.record import RunRecord
+
+
+def sentences(markup):
+    return re.findall(r'aria-label="([^"]*)"', markup)
+
+
+def test_throughput_is_of_the_time_that_passed():
+    # Nothing for 10 s, then 5 images a second; told at odd moments.
+    record = RunRecord(timeline=[(10, 0), (11, 5), (17, 35), (20, 50)], stage_seconds={"a": 30.0, "b": 10.0})
+    rate, done, stages = sentences(over_time(record))
+    assert rate == "2.5 images per second on average (dashed), 5 at most, in steps of 5 s."
+    assert done == "50 images after 20 s."
+    assert stages.endswith("40 s in all; most in a, 75.0 %.")
+
+
+@pytest.mark.parametrize("timeline", [(), [(5, 10)], [(0, 0), (0, 0)]])
+def test_a_run_too_short_for_a_curve_has_none(timeline):
+    assert over_time(RunRecord(timeline=timeline)) == ""
+
+
+def test_a_plan_for_other_images_is_compared_by_its_rate_alone():
+    plan = {"images_to_do": 5, "estimate": {"images_per_s": {"low": 1, "mean": 2, "high": 3}}}
+    page = planned(RunRecord(images=50, elapsed_s=10, plan=plan))
+    assert "planned for 5 images, and this run did 50" in page
+    assert sentences(page) == [
+        "Planned 2 images per second, between 1 and 3; it was 5: 2.5 times the plan, outside the range."
+    ]
+    assert "nothing of it that could be compared" in planned(RunRecord(plan={}))
