@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
@@ -10,6 +11,7 @@ from pydantic import ValidationError
 from acsr_ray.columns import IMAGE, PURIFIED
 from acsr_ray.corpus.images import DecodeLimits
 from acsr_ray.corpus.snapshot import Snapshot
+from acsr_ray.corpus.units import UnitPlan
 from acsr_ray.reporting.naming import ClusterNames, cluster_names, deciding_settings
 from acsr_ray.reporting.pictures import Located, Picture, take_pictures
 from acsr_ray.reporting.record import Bins, RunRecord
@@ -88,14 +90,7 @@ def gather(
     scanned = spread(units, SCANNED_UNITS)
     rows = scan(storage.root, scanned, column)
     purified = [row for row in rows if row.status == PURIFIED]
-    whose = "this run" if record.unit_names and len(units) < len(places(snapshot)) else "the output"
-    sample = f"all {counted(len(purified), 'purified image')} of {whose}"
-    if len(scanned) < len(units):
-        sample = (
-            f"a sample, {counted(len(purified), 'purified image')} in {len(scanned)} of the {len(units):,} "
-            f"files of {whose}"
-        )
-
+    sample = _sampled(len(purified), len(scanned), len(units), snapshot, record)
     keyed, usage_source = _usage(record, names, purified, sample)
     chosen = choose(rows, images)
     shown = [row for own in chosen.values() for row in own]
@@ -105,7 +100,7 @@ def gather(
         storage.root,
         column,
         [*shown, *(row for own in strips.values() for row in own)],
-        Located(record.input or str(bound.get("input") or ""), source),
+        Located(record.input or str(bound.get("input") or ""), source, _plan({**bound, **record.settings})),
         _limits(record.settings.get("decode"), bound.get("decode")),
         frozenset(shown),
     )
@@ -121,6 +116,17 @@ def gather(
         tuple(list_refused(storage.root, units)),
         sample,
     )
+
+
+def _sampled(images: int, scanned: int, units: int, snapshot: Snapshot, record: RunRecord) -> str:
+    """Say what was looked into: a record names some units of its run, all of a short one."""
+    every = sum(len(entry.receipts) for entry in snapshot.shards.values())
+    whose, files = "the output", units
+    if units < every:
+        whose, files = "this run", max(units, record.units or 0)
+    if scanned == files:
+        return f"all {counted(images, 'purified image')} of {whose}"
+    return f"a sample, {counted(images, 'purified image')} in {scanned:,} of the {files:,} files of {whose}"
 
 
 def _usage(
@@ -151,6 +157,15 @@ def _measure(recorded: Bins, values: Iterable[float | None], sample: str) -> Mea
         high = low + max(abs(low), 1.0) * 1e-3
     counts, edges = np.histogram(np.clip(finite, low, high), BINS, (low, high))
     return Measure(Bins(edges=tuple(edges.tolist()), counts=tuple(counts.tolist())), sample)
+
+
+def _plan(settings: Mapping[str, Any]) -> UnitPlan:
+    rows, size = settings.get("unit_rows"), settings.get("unit_megabytes")
+    usual = UnitPlan()
+    return UnitPlan(
+        unit_rows=rows if isinstance(rows, int) and rows > 0 else usual.unit_rows,
+        unit_megabytes=size if isinstance(size, int | float) and size > 0 else usual.unit_megabytes,
+    )
 
 
 def _limits(*recorded: object) -> DecodeLimits:

@@ -23,11 +23,11 @@ def notices(record: RunRecord) -> Iterator[tuple[str, str]]:
     if record.outcome in ENDS:
         told = f"{record.detail.rstrip('.')}. " if record.detail else ""
         yield record.outcome.capitalize(), f"{told}{ENDS[record.outcome]}"
-    if record.failed_units:
-        what = counted(len(record.failed_units), "unit failed", "units failed")
+    if record.num_failed:
+        what = counted(record.num_failed, "unit failed", "units failed")
         yield what, "Their rows are not in the output. The same command tries them again."
-    if record.refused_shards:
-        what = counted(len(record.refused_shards), "shard was refused", "shards were refused")
+    if record.num_refused:
+        what = counted(record.num_refused, "shard was refused", "shards were refused")
         yield what, "Listed below with the reason. Mend or remove, and give the same command again."
     statuses = record.statuses or (record.corpus.statuses if record.corpus else {})
     done, refused = sum(statuses.values()), statuses.get(QUARANTINED, 0)

@@ -222,18 +222,18 @@ def _quarantine(contents: Contents) -> Markup:
 def _not_done(record: RunRecord) -> Markup:
     shards = {_within(record.input, uri): why for uri, why in record.refused_shards.items()}
     lists = (
-        ("Refused shards", "shard", shards),
-        ("Failed units", "unit", record.failed_units),
+        ("Refused shards", "shard", shards, record.num_refused),
+        ("Failed units", "unit", record.failed_units, record.num_failed),
     )
-    return joined(*(_list(title, what, found) for title, what, found in lists if found))
+    return joined(*(_list(title, what, found, total) for title, what, found, total in lists if found))
 
 
-def _list(title: str, what: str, found: Mapping[str, str]) -> Markup:
+def _list(title: str, what: str, found: Mapping[str, str], total: int) -> Markup:
     rows: Sequence[tuple[str, ...]] = [(_short(name), _short(why)) for name, why in found.items()]
-    caption = (
-        f"The first {MOST_LISTED} of {len(rows):,}; report.json has all." if len(rows) > MOST_LISTED else ""
-    )
-    return table_markup(Table(title, caption, (what, "why"), tuple(rows[:MOST_LISTED])), "words")
+    shown, caption = tuple(rows[:MOST_LISTED]), ""
+    if total > len(shown):
+        caption = f"The first {len(shown)} of {total:,}; report.json has the first {len(rows):,}."
+    return table_markup(Table(title, caption, (what, "why"), shown), "words")
 
 
 def _within(source: str, uri: str) -> str:

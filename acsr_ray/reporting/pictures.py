@@ -6,7 +6,7 @@ has the same name, and the image the same size.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -21,8 +21,8 @@ from acsr_ray.corpus.isolated import DecoderSettings, DecoderStartError, Isolate
 from acsr_ray.corpus.labelled import image_bytes
 from acsr_ray.corpus.ledger import DATA
 from acsr_ray.corpus.rows import read_cells
-from acsr_ray.corpus.sources import CHAIN, SHARD_SUFFIX, version_of
-from acsr_ray.corpus.units import Unit, read_unit
+from acsr_ray.corpus.sources import CHAIN, SHARD_SUFFIX, Shard, version_of
+from acsr_ray.corpus.units import Unit, UnitPlan, read_unit, shard_units
 from acsr_ray.purification.stages import image_paths
 from acsr_ray.reporting.sampling import UNREADABLE, SampledRow
 
@@ -34,6 +34,7 @@ SIDE = 160
 """Pixels of an image that are shown, around its centre."""
 DECODER = DecoderSettings(timeout_s=10.0)
 """Each of these images was decoded before, so none should take long."""
+USUAL_PLAN = UnitPlan()
 OTHER_IMAGE = "not the image that was purified"
 
 
@@ -45,6 +46,8 @@ class Located:
     """As the run had it."""
     given: str | None = None
     """Where it is now; None: where it was."""
+    plan: UnitPlan = USUAL_PLAN
+    """How the run cut it."""
 
     def of(self, uri: str) -> str:
         """Return where a shard of the corpus is now."""
@@ -152,28 +155,37 @@ def _originals(
 
 
 def _from_input(rows: Sequence[SampledRow], image_column: str, source: Located) -> Iterator[Cell]:
-    entry, receipt = rows[0].place.entry, rows[0].place.receipt
+    entry = rows[0].place.entry
     uri = source.of(entry.uri)
-    if not entry.version and not entry.content and not _is_shard(entry.uri):
-        base = source.given or source.recorded
-        yield from (_file(base, row.path) for row in rows)
+    # Files of a folder have contents of their own, their shard has none.
+    if not entry.content and not _is_parquet(uri):
+        yield from (_file(source.given or source.recorded, row.path) for row in rows)
         return
     if source.given is None and entry.version and version_of(uri) != entry.version:
         yield from [(None, "the shard has changed since")] * len(rows)
         return
     numbers = [row.number for row in rows]
-    if _is_shard(uri):
-        table = read_cells(uri, numbers, (image_column,), MOST_GROUP_BYTES)
+    if _is_parquet(uri):
+        cells = read_cells(uri, numbers, (image_column,), MOST_GROUP_BYTES)[image_column]
     else:
-        last = receipt.first + receipt.rows - 1
-        unit = Unit(uri, rows[0].place.relative, receipt.first, last, entry.content)
-        table = read_unit(unit).take(pa.array([row.position for row in rows], pa.int64()))
-    column = table[image_column]
-    for row, data, path in zip(rows, image_bytes(column), image_paths(column), strict=True):
+        version = entry.version if source.given is None else ""
+        shard = Shard(uri, rows[0].place.relative, version)
+        cells = _rows_of_units(shard_units(shard, source.plan, entry.content), numbers, image_column)
+    for row, data, path in zip(rows, image_bytes(cells), image_paths(cells), strict=True):
         yield (data, "") if path == row.path else (None, OTHER_IMAGE)
 
 
-def _is_shard(uri: str) -> bool:
+def _rows_of_units(units: Iterable[Unit], numbers: Sequence[int], image_column: str) -> pa.ChunkedArray:
+    """Return chosen rows of a shard, ascending, reading only the units that hold them."""
+    parts: list[pa.Array] = []
+    for unit in units:
+        inside = [number - unit.first for number in numbers if unit.first <= number <= unit.last]
+        if inside:
+            parts += read_unit(unit)[image_column].take(pa.array(inside, pa.int64())).chunks
+    return pa.chunked_array(parts)
+
+
+def _is_parquet(uri: str) -> bool:
     return uri.endswith(SHARD_SUFFIX)
 
 

@@ -149,6 +149,9 @@ class RunRecord(Tolerant):
     batch_fill: float | None = None
     refused_shards: dict[str, str] = Field(default_factory=dict)
     failed_units: dict[str, str] = Field(default_factory=dict)
+    refused_shards_total: int = 0
+    failed_units_total: int = 0
+    """How many there were, where the lists name only the first."""
     removed_shards: int = 0
     unit_names: tuple[str, ...] = ()
     """Some units of this run, where the record names them."""
@@ -158,6 +161,16 @@ class RunRecord(Tolerant):
     """Fields of the file that could not be read, and why."""
     origin: str = ""
     """File it was read from."""
+
+    @property
+    def num_refused(self) -> int:
+        """Refused shards, named or not."""
+        return max(self.refused_shards_total, len(self.refused_shards))
+
+    @property
+    def num_failed(self) -> int:
+        """Failed units, named or not."""
+        return max(self.failed_units_total, len(self.failed_units))
 
 
 def list_runs(storage: Storage) -> dict[str, str]:

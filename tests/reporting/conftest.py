@@ -23,12 +23,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from acsr_ray.columns import CLASS, CLUSTER, DISTANCE, PURIFIED, RESIDUAL, STATUS, UNIT
-from acsr_ray.corpus.changes import folder_work, inspect_shard, list_corpus
+from acsr_ray.corpus.changes import ShardWork, inspect_shard, list_corpus
 from acsr_ray.corpus.images import DecodeLimits
 from acsr_ray.corpus.ledger import Ledger
 from acsr_ray.corpus.snapshot import Receipt, Snapshot, total
 from acsr_ray.corpus.sources import ImageFolder
-from acsr_ray.corpus.units import UnitPlan
+from acsr_ray.corpus.units import UnitPlan, folder_units
 from acsr_ray.purification.bundle import bundle_digest
 from acsr_ray.purification.stages import (
     DecodeImages,
@@ -116,7 +116,8 @@ class Purify:
         entries, refused = {}, {}
         source, plan = list_corpus(str(corpus)), UnitPlan(unit_rows=UNIT_ROWS)
         if isinstance(source, ImageFolder):
-            works = [folder_work(source, plan, FINGERPRINT)]
+            units = list(folder_units(source, plan))
+            works = [ShardWork(units[0].relative, units[0].uri, "", "", FINGERPRINT, units)]
         else:
             works = [inspect_shard(shard, plan, Snapshot(), FINGERPRINT) for shard in source]
         for work in works:

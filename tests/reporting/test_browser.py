@@ -14,7 +14,7 @@ OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clie
 
 @pytest.fixture(scope="module")
 def page(purified, record_of, keep):
-    run = keep(purified, record_of(purified, run="20260401T000000Z"))
+    run = keep(purified, record_of(purified, run="20260201T000000Z"))
     write_report(purified.ledger, run, images=8)
     return purified.output / "_acsr" / "runs" / run / "report.html"
 

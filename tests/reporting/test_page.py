@@ -276,3 +276,26 @@ def test_an_output_of_nothing(purified):
     assert "There is no purified image that could be shown." in page.words
     assert "No image of the output is in quarantine." in page.words
     assert not page.named("img")
+
+
+def test_long_lists_are_told_in_bounds(contents):
+    shards = {f"s{number}": "bad" for number in range(150)}
+    record = contents.record.model_copy(update={"refused_shards": shards, "refused_shards_total": 4000})
+    words = Page(run_page(replace(contents, record=record))).words
+    assert "4,000 shards were refused" in words
+    assert "The first 100 of 4,000; report.json has the first 150." in words
+    assert "s99" in words
+    assert "s100" not in words
+
+
+def test_a_sample_of_a_long_run_is_not_called_all_of_it(purified):
+    storage, snapshot = purified.ledger.storage, purified.ledger.snapshot()
+    names = sorted(purified.ledger.published())[:2]
+    fields = {"run": "x", "units": 500, "unit_names": names}
+    contents = gather(storage, snapshot, read_record(fields, storage, snapshot))
+    assert contents.sample == "a sample, 21 purified images in 2 of the 500 files of this run"
+    fields["units"] = 2
+    contents = gather(storage, snapshot, read_record(fields, storage, snapshot))
+    assert contents.sample == "all 21 purified images of this run"
+    shown = {one.row.place.receipt.name for own in contents.examples.values() for one in own}
+    assert shown == set(names)

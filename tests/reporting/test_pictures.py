@@ -2,6 +2,7 @@
 
 import shutil
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,7 @@ import pytest
 from acsr_ray.columns import PURIFIED
 from acsr_ray.corpus.images import DecodeLimits, decode_image
 from acsr_ray.corpus.isolated import IsolatedDecoder
+from acsr_ray.corpus.units import UnitPlan
 from acsr_ray.reporting.pictures import SIDE, Located, _centre, _file, take_pictures
 from acsr_ray.reporting.sampling import places, scan
 
@@ -124,6 +126,21 @@ def test_files_of_a_folder_are_found_and_nothing_beside_it(purify, smooth_pixels
     (tmp_path / "secret.png").write_bytes(encoded(images[0]))
     for path in ("../secret.png", "sub/../../secret.png", str(tmp_path / "secret.png"), "a::b", None, ""):
         assert _file(str(tmp_path / "in"), path) == (None, "not the image that was purified")
+
+
+def test_a_shard_of_another_kind_is_read_by_its_units(own):
+    """As tars are, whose rows have no places of their own; here it is Parquet under another name."""
+    before = stored(own.corpus)
+    path = own.corpus / "a.parquet"
+    rows = scan(own.ledger.output, places(own.ledger.snapshot()), "image")
+    chosen = [rows[2], rows[3], rows[7]]
+    entry = replace(chosen[0].place.entry, uri=str(path.rename(own.corpus / "a.other")))
+    chosen = [replace(row, place=replace(row.place, entry=entry)) for row in chosen]
+    source = Located(str(own.corpus), plan=UnitPlan(unit_rows=3))
+    taken = take_pictures(own.ledger.output, "image", chosen, source, LIMITS, frozenset(chosen))
+    assert [row.number for row in taken] == [2, 3, 7]
+    for row, picture in taken.items():
+        np.testing.assert_array_equal(picture.before, before["a", row.number])
 
 
 def test_an_original_that_was_kept_needs_no_input(purify, write_shard, tmp_path):
