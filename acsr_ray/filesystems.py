@@ -200,6 +200,11 @@ def connect(connection: Connection) -> None:
             os.environ[name] = value
 
 
+def current_connection() -> Connection:
+    """Return how this process reaches stores now."""
+    return _connection
+
+
 @contextmanager
 def connected(connection: Connection) -> Iterator[Connection]:
     """Reach stores so in this process until the block ends; for drivers, whose environment stays as it is."""

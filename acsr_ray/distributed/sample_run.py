@@ -21,6 +21,7 @@ from acsr_ray.distributed.runtime import (
     ray_session,
     takes_gpus,
 )
+from acsr_ray.filesystems import Connection, connect, current_connection
 from acsr_ray.purification.sizing import Sample, SampleTimer, StageRecipe, Work, merged
 from acsr_ray.purification.stages import BATCH_SIZE
 
@@ -135,6 +136,7 @@ def run_sample(
         for actor in others:
             ray.kill(actor)
         logger.info("%d processes take the sample, on %s", len(timers), found)
+        ray.get([actor.reach.remote(current_connection()) for actor in timers])
         began = time.perf_counter()
         sample = _take(timers, units, size)
         seconds = time.perf_counter() - began
@@ -145,7 +147,7 @@ def run_sample(
 
 def _start(shares: StageShares, recipe: StageRecipe, work: Work) -> tuple[list[Any], list[Any]]:
     """Start the sample's actors, and others so that there are as many as in the job; wait for all."""
-    timer: Any = ray.remote(SampleTimer).options(
+    timer: Any = ray.remote(Timer).options(
         num_cpus=shares.encode_cpus + shares.purify_cpus,
         num_gpus=shares.encode_gpus + shares.purify_gpus or None,
     )
