@@ -4,6 +4,7 @@ Rows 1, 4, 7, 8, 11 to 14, 23 and 29 of the fault matrix.
 """
 
 import contextlib
+import json
 import random
 import signal
 import time
@@ -69,6 +70,16 @@ def test_bad_rows_and_a_killed_worker_cost_themselves_alone(start_purify, corpus
     assert low_band["acsr_status"] == "purified"
     healthy = {key: digest for key, digest in oracle.images.items() if key != "id-260"}
     type(oracle)(healthy).check(output, bad | {"id-260": digest_of(low_band)})
+    (record,) = records(output)
+    assert record["reasons"] == {**dict.fromkeys(bad.values(), 1), "solver_fallback": 1}
+    assert record["statuses"] == {"purified": ROWS - 3, "quarantined": 3}
+    # Four falls find the row that kills; the kill from outside may have met a worker without a unit.
+    assert 4 <= record["retries"] <= 5
+
+
+def records(output):
+    """Return the records of an output's runs, oldest first."""
+    return [json.loads(path.read_text()) for path in sorted(output.glob("_acsr/runs/*/record.json"))]
 
 
 def one_row(output, key):
@@ -101,9 +112,19 @@ def test_sigterm_publishes_what_is_begun_and_the_job_resumes(start_purify, corpu
     assert 3 <= len(done) < ROWS // UNIT_ROWS
     ledger = Ledger(str(output))
     assert ledger.snapshot().names() == done, "what was published is in a snapshot"
+    (stopped,) = records(output)
+    assert (stopped["outcome"], stopped["units"]) == ("stopped", len(done))
+    assert stopped["detail"] == "stopped on request; the same command goes on from here"
+    assert stopped["corpus"]["images"] == stopped["images"] == UNIT_ROWS * len(done)
     again = finish(start_purify, corpus, output)
     assert f"{ROWS - UNIT_ROWS * len(done)} images in" in again.told()
     oracle.check(output)
+    record = records(output)[-1]
+    assert (record["outcome"], record["images"], record["corpus"]["images"]) == (
+        "done",
+        ROWS - stopped["images"],
+        ROWS,
+    )
 
 
 @slow
