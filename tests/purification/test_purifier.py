@@ -8,7 +8,7 @@ from acsr_ray.purification.bundle import load_bundle
 from acsr_ray.purification.purifier import Purifier, check_images
 from acsr_ray.purification.tiles import code_tiles
 from acsr_ray.sparse.admm import CACHED_SIZES
-from acsr_ray.sparse.cbpdn import Cbpdn
+from acsr_ray.sparse.cbpdn import Cbpdn, CbpdnConfig
 from acsr_ray.sparse.tikhonov import tikhonov_split
 
 
@@ -265,8 +265,9 @@ def test_latents_and_distances_do_not_depend_on_batch_or_memory_layout(tiny_bund
     assert torch.equal(purifier.select(together).distance, purifier.select(alone).distance)
 
 
-def test_factors_of_many_sizes_do_not_pile_up(tiny_bundle):
-    purifier = Purifier.load(tiny_bundle)
+def test_factors_of_many_sizes_do_not_pile_up(make_bundle, tmp_path):
+    solver = CbpdnConfig(iterations=1, solver="admm")
+    purifier = Purifier.load(make_bundle(tmp_path / "admm", cbpdn=solver))
     for side in range(8, 20):
         purifier(torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(side)))
-    assert max(len(admm._factors) for admm in purifier.solver._admm) <= CACHED_SIZES
+    assert max(len(factors) for factors in purifier.solver._admm._factors) == CACHED_SIZES
