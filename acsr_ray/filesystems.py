@@ -40,7 +40,7 @@ machines have other files."""
 
 IDENTITY = {"profile", "anonymous", "access_key_variable", "secret_key_variable", "token_variable"}
 
-PASSWORD = re.compile(r"://[^/:@]*:[^/@]*@")
+PASSWORD = re.compile(r"://[^/:@]*:[^/@]*@|^https?://[^/@]*@")
 VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]*$"
 
 

@@ -30,6 +30,7 @@ from acsr_ray.corpus.containers import ContainerError, open_parquet
 from acsr_ray.corpus.delta_types import DeltaSchemaError, delta_schema, merge_schemas
 from acsr_ray.corpus.snapshot import Receipt, Snapshot
 from acsr_ray.corpus.sources import Shard
+from acsr_ray.filesystems import Access, StorageLocationError, current_connection
 from acsr_ray.storage import Storage, StorageError, StorageLocationError, patiently
 
 logger = logging.getLogger(__name__)
@@ -96,7 +97,7 @@ class DeltaLog:
         self.left_out: dict[str, str] = {}
         """Why shards are not in the table, by relative path; of the last call of `follow`."""
         self._library = _load()
-        self._options = storage_options(root, os.environ)
+        self._options = storage_options(root, os.environ, current_connection().access(root))
         self._table: Any = None
 
     def follow(self, snapshot: Snapshot, present: Iterable[str], sizes: Mapping[str, int]) -> None:
@@ -215,18 +216,33 @@ class DeltaLog:
         table.create_write_transaction([*adds, *removed], "append", fields, commit_properties=properties)
 
 
-def storage_options(root: str, environment: Mapping[str, str]) -> dict[str, str]:
+def storage_options(root: str, environment: Mapping[str, str], access: Access) -> dict[str, str]:
     """Return what `deltalake` has to be told of a store; the rest it takes from the environment itself.
 
     Args:
         root: URI or path of the table.
         environment: where an endpoint may be named.
+        access: how the job reaches the output.
+
+    Raises:
+        StorageLocationError: by a profile, which `deltalake` does not know.
     """
-    endpoint = environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL") or ""
-    if not root.startswith(("s3://", "s3a://")) or not endpoint:
+    if not root.startswith(("s3://", "s3a://")):
         return {}
-    plain = {"aws_allow_http": "true"} if endpoint.startswith("http://") else {}
-    return {"aws_endpoint_url": endpoint, **plain}
+    if access.profile:
+        raise StorageLocationError("--delta cannot use --storage.profile; name variables with keys instead")
+    named = environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL")
+    endpoint = access.endpoint_url or named or ""
+    told = {
+        "aws_endpoint_url": endpoint,
+        "aws_region": access.region,
+        "aws_access_key_id": access.access_key,
+        "aws_secret_access_key": access.secret_key,
+        "aws_session_token": access.token,
+        "aws_allow_http": "true" if endpoint.startswith("http://") else "",
+        "aws_skip_signature": "true" if access.anonymous else "",
+    }
+    return {name: value for name, value in told.items() if value}
 
 
 def _footer_schema(uri: str) -> pa.Schema:

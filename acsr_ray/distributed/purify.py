@@ -37,12 +37,12 @@ from acsr_ray.purification.bundle import (
     find_bundle,
     load_bundle,
 )
-from acsr_ray.reporting.job import report_after_run, report_file
+from acsr_ray.reporting.job import report_after_run
 
 logger = logging.getLogger(__name__)
 
 SHOWN_FAILURES = 5
-TOLD = {"batch_size", "device", "wave_units", "stage_timeout_s", "on_failure", "ray"}
+TOLD = {"batch_size", "device", "wave_units", "stage_timeout_s", "on_failure", "ray", "doubt", "target"}
 """Settings that a run's record tells beside those that decide its output; none may hold a secret."""
 
 
@@ -96,7 +96,8 @@ def _purify_corpus(
         order.check(ledger, bound)
         about = about_run(settings, bound, ledger, lease)
         observed = ObservedRun(about, tally, ledger.storage, is_ours=lambda: not lease.is_lost)
-        with _reported(ledger, observed, settings.report), observed:
+        pages: list[str] = []
+        with _reported(ledger, observed, settings.report, pages), observed:
             source = list_corpus(location)
             check_source(source, location, settings.image_column)
             stop.check()
@@ -121,20 +122,18 @@ def _purify_corpus(
             summary = night.summary(time.perf_counter() - started)
             _check_failed(night.failed)
             _check_left_out(ledger)
-    if settings.report and observed.record["images"]:
-        summary["report"] = f"{ledger.output}/{report_file(about.run)}"
-    return summary
+    return summary | ({"report": pages[0]} if pages else {})
 
 
 @contextmanager
-def _reported(ledger: Ledger, observed: ObservedRun, is_wanted: bool) -> Iterator[None]:
+def _reported(ledger: Ledger, observed: ObservedRun, is_wanted: bool, pages: list[str]) -> Iterator[None]:
     """Write the report of a run that did something, well or not; one that was stopped has no time for it."""
     try:
         yield
     finally:
         record = observed.record
         if is_wanted and record.get("images") and record["outcome"] in ("done", "failed"):
-            report_after_run(ledger, record["run"])
+            pages += filter(None, [report_after_run(ledger, record["run"])])
 
 
 def about_run(

@@ -17,6 +17,7 @@ from acsr_ray.corpus.images import DecodeLimits, encode_png
 from acsr_ray.corpus.isolated import DecoderSettings, IsolatedDecoder
 from acsr_ray.corpus.refusals import ImageError
 from acsr_ray.distributed.probe import check_switches
+from acsr_ray.filesystems import EXTRAS as STORE_EXTRAS
 from acsr_ray.operations.finding import Finding
 from acsr_ray.purification.bundle import bundle_digest, load_bundle
 
@@ -24,6 +25,10 @@ OLDEST_PYTHON, NEWEST_TRIED = (3, 11), (3, 12)
 SHOWN_VERSIONS = ("ray", "torch", "pyarrow", "numpy", "pillow")
 EXTRAS = {
     "s3": ("s3fs", "object stores"),
+    "gs": ("gcsfs", "input from Google's storage"),
+    "hf": ("huggingface_hub", "input from the Hub"),
+    "delta": ("deltalake", "the output as a Delta table"),
+    "art": ("art", "the purifier in the Adversarial Robustness Toolbox"),
     "attacks": ("torchattacks", "attacks of the demo, of sweeps and of training"),
     "evaluation": ("matplotlib", "figures and rivals' defences"),
     "sporco": ("sporco", "the other learner of dictionaries"),
@@ -79,7 +84,8 @@ def check_unsafe(environment: Mapping[str, str]) -> Finding:
 
 def check_extras(*locations: str | None) -> Iterator[Finding]:
     """Look for optional packages; one that an input or output needs must be there."""
-    needed = {"s3"} if any(str(place).startswith(("s3://", "s3a://")) for place in locations) else set[str]()
+    protocols = {place.partition("://")[0] for place in locations if place and "://" in place}
+    needed = {STORE_EXTRAS[protocol] for protocol in protocols & STORE_EXTRAS.keys()}
     there = [name for name, (package, _) in EXTRAS.items() if importlib.util.find_spec(package) is not None]
     for name in sorted(needed - set(there)):
         purpose = EXTRAS[name][1]

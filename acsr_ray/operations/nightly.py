@@ -23,6 +23,7 @@ from acsr_ray.corpus.sources import CorpusError, absolute_uri
 from acsr_ray.corpus.stopping import StopRequest, StopRequested, stop_request
 from acsr_ray.distributed.purify import purify_corpus
 from acsr_ray.distributed.purify_settings import PurifyCorpusSettings
+from acsr_ray.filesystems import over_stores
 from acsr_ray.operations.standing import completed, standing_for
 from acsr_ray.storage import StorageError
 
@@ -73,6 +74,7 @@ class Attempts:
         self.outcome, self.error, self.exit_code = outcome, str(error), exit_code
 
 
+@over_stores
 def repurify_nightly(settings: RepurifyNightlySettings) -> dict[str, Any]:
     """Spend a night and return its summary; where it did not end well, with `error` and `exit_code`.
 

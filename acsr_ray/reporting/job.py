@@ -3,13 +3,12 @@
 import json
 import logging
 from dataclasses import asdict
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
-from acsr_ray.config import AcsrError
 from acsr_ray.corpus.ledger import Ledger
-from acsr_ray.corpus.sources import absolute_uri
+from acsr_ray.corpus.sources import CorpusError, absolute_uri
 from acsr_ray.filesystems import StoreSettings, over_stores
 from acsr_ray.reporting.contents import Contents, Measure, gather
 from acsr_ray.reporting.notices import notices
@@ -27,7 +26,10 @@ HTML, JSON = "report.html", "report.json"
 class ReportSettings(StoreSettings):
     """Write the report of a purification run: one HTML page that needs nothing else, and report.json."""
 
-    output: str
+    sections: ClassVar[tuple[str, ...]] = ("purify_corpus",)
+    borrows: ClassVar[bool] = True
+
+    output: str | None = None
     """Folder or URI of the purified corpus, as it was given to purify."""
     run: str | None = None
     """Which run; the last one unless given."""
@@ -42,9 +44,12 @@ def report(settings: ReportSettings) -> dict[str, Any]:
     """Write the report of a run and return where it is.
 
     Raises:
+        CorpusError: no output is named.
         RunNotFoundError: no such run, or no purification at all.
         StorageError: the output's storage does not answer.
     """
+    if settings.output is None:
+        raise CorpusError("--output is needed: the folder or URI of a purification")
     source = absolute_uri(settings.input) if settings.input else None
     return write_report(
         Ledger(absolute_uri(settings.output)), settings.run, images=settings.images, source=source
@@ -96,7 +101,7 @@ def report_after_run(ledger: Ledger, run: str) -> str | None:
     """
     try:
         where: str = write_report(ledger, run)["report"]
-    except (AcsrError, OSError) as error:
+    except Exception as error:  # all is published: whatever is wrong with a page, the run is not
         logger.warning("no report of run %s: %s; `acsr-ray report` tries again", run, error)
         return None
     logger.info("report: %s", where)

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 
@@ -23,6 +22,7 @@ from acsr_ray.corpus.ledger import DATA
 from acsr_ray.corpus.rows import read_cells
 from acsr_ray.corpus.sources import CHAIN, SHARD_SUFFIX, Shard, version_of
 from acsr_ray.corpus.units import Unit, UnitPlan, read_unit, shard_units
+from acsr_ray.filesystems import open_filesystem
 from acsr_ray.purification.stages import image_paths
 from acsr_ray.reporting.sampling import UNREADABLE, SampledRow
 
@@ -194,7 +194,8 @@ def _file(base: str, path: str | None) -> Cell:
     if not path or ".." in path.split("/") or path.startswith("/") or CHAIN in path or "\\" in path:
         return None, OTHER_IMAGE
     try:
-        with fsspec.open(f"{base.rstrip('/')}/{path}", "rb").open() as file:
+        fs, name = open_filesystem(f"{base.rstrip('/')}/{path}")
+        with fs.open(name, "rb") as file:
             return file.read(MOST_GROUP_BYTES), ""
     except OSError:
         return None, "the file is no longer there, or cannot be read"

@@ -19,6 +19,7 @@ from acsr_ray.cli import ENTRY_POINTS
 from acsr_ray.config import parse_job
 from acsr_ray.corpus.stopping import GRACE_S
 from acsr_ray.distributed.joining import OLDEST_RAY
+from acsr_ray.operations.nightly import RepurifyNightlySettings
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "jobs/deploy"
@@ -377,6 +378,9 @@ def parsed(words: list[str]) -> Any:
 
 def test_the_jobs_command_is_one_of_ours():
     settings = parsed(shlex.split(documents("rayjob.yaml")[0]["spec"]["entrypoint"]))
+    # The night's job, which keeps what an input that is suddenly empty would take away.
+    assert isinstance(settings, RepurifyNightlySettings)
+    assert settings.max_removed_share == 0.5
     assert settings.input.startswith("s3://")
     assert settings.output.startswith("s3://")
 
