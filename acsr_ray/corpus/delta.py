@@ -30,7 +30,7 @@ from acsr_ray.corpus.containers import ContainerError, open_parquet
 from acsr_ray.corpus.delta_types import DeltaSchemaError, delta_schema, merge_schemas
 from acsr_ray.corpus.snapshot import Receipt, Snapshot
 from acsr_ray.corpus.sources import Shard
-from acsr_ray.filesystems import Access, StorageLocationError, current_connection
+from acsr_ray.filesystems import Access, current_connection
 from acsr_ray.storage import Storage, StorageError, StorageLocationError, patiently
 
 logger = logging.getLogger(__name__)
