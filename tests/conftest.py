@@ -38,6 +38,7 @@ CLUSTERS = np.array([(0, 0), (0, 1), (1, 0), (2, 0)])
 IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With `-n`, give all that starts Ray to one process, and each file to one: fixtures are made once."""
     for item in items:

@@ -22,6 +22,7 @@ from acsr_ray.corpus.ledger import Ledger
 from acsr_ray.corpus.night import Night, NightSettings
 from acsr_ray.corpus.stopping import StopRequest
 from acsr_ray.corpus.units import UnitPlan, read_unit
+from acsr_ray.filesystems import Access
 from acsr_ray.storage import DiskStorage, StorageError, StorageLocationError, open_storage
 
 FINGERPRINT = "ab" * 32
@@ -373,14 +374,24 @@ def test_what_cannot_become_a_table_is_refused_at_the_beginning(tmp_path, monkey
 
 def test_endpoints_without_encryption_are_allowed_only_where_they_are_named():
     named = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9000"}
-    assert storage_options("s3://b/out", named) == {
+    assert storage_options("s3://b/out", named, Access()) == {
         "aws_endpoint_url": "http://127.0.0.1:9000",
         "aws_allow_http": "true",
     }
-    assert storage_options("s3://b/out", {}) == {}
-    assert storage_options("/data/out", named) == {}
+    assert storage_options("s3://b/out", {}, Access()) == {}
+    keys = Access("http://minio:9000", "here", access_key="who", secret_key="what")
+    assert storage_options("s3://b/out", named, keys) == {
+        "aws_endpoint_url": "http://minio:9000",
+        "aws_region": "here",
+        "aws_access_key_id": "who",
+        "aws_secret_access_key": "what",
+        "aws_allow_http": "true",
+    }
+    with pytest.raises(StorageLocationError, match="profile"):
+        storage_options("s3://b/out", named, Access(profile="mine"))
+    assert storage_options("/data/out", named, Access()) == {}
     own = {**named, "AWS_ENDPOINT_URL_S3": "https://store"}
-    assert storage_options("s3a://b/out", own) == {"aws_endpoint_url": "https://store"}
+    assert storage_options("s3a://b/out", own, Access()) == {"aws_endpoint_url": "https://store"}
 
 
 @pytest.mark.slow
@@ -408,7 +419,9 @@ def test_in_an_object_store(source, tmp_path, monkeypatch):
         write_shard(source / "ä %b.parquet", range(100, 107), size=pa.array([1.5] * 7))
         (source / "part-0.parquet").unlink()
         ledger = spend(source, "s3://corpus/out")
-        table = DeltaTable(ledger.output, storage_options=storage_options(ledger.output, os.environ))
+        table = DeltaTable(
+            ledger.output, storage_options=storage_options(ledger.output, os.environ, Access())
+        )
         assert table.transaction_version(find_delta(ledger.storage).app_id) == ledger.snapshot().number
         keys = table.to_pyarrow_table()["key"].to_pylist()
         assert sorted(keys) == [*range(10, 40), *range(100, 107)]
