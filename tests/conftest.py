@@ -45,7 +45,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         starts_ray = item.get_closest_marker("ray") is not None or "ray_local" in getattr(
             item, "fixturenames", ()
         )
-        item.add_marker(pytest.mark.xdist_group("ray" if starts_ray else item.nodeid.split("::")[0]))
+        # Not by its nodeid, which is remembered once it was asked for: xdist adds the group to it.
+        item.add_marker(pytest.mark.xdist_group("ray" if starts_ray else str(item.path)))
 
 
 def draw_smooth(count: int, height: int, width: int, seed: int) -> np.ndarray:
