@@ -15,9 +15,9 @@ pytestmark = pytest.mark.ray
 
 def test_a_cluster_that_has_none_and_gets_none(ray_local):
     began = time.monotonic()
-    with pytest.raises(ResourceError, match=r"no GPU after 0\.5 s; --ray\.gpus asked for 2"):
-        wait_for_gpus(2, 0.5)
-    assert time.monotonic() - began > 0.4
+    with pytest.raises(ResourceError, match=r"no GPU after 1 s; --ray\.gpus asked for 2"):
+        wait_for_gpus(2, 1)
+    assert time.monotonic() - began > 0.9
 
 
 @pytest.mark.slow
