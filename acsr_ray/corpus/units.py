@@ -19,15 +19,7 @@ from acsr_ray.columns import IMAGE, LABEL
 from acsr_ray.corpus.container_errors import ContainerError
 from acsr_ray.corpus.containers import check_schema, open_parquet
 from acsr_ray.corpus.schema import IMAGE_TYPE, image_features
-from acsr_ray.corpus.sources import (
-    CHAIN,
-    CorpusError,
-    ImageFile,
-    ImageFolder,
-    Shard,
-    find_source,
-    version_of,
-)
+from acsr_ray.corpus.sources import CHAIN, CorpusError, ImageFile, ImageFolder, Shard, find_source, version_of
 from acsr_ray.corpus.webdataset import TarIndex, index_tar, read_samples, tell_left_out
 from acsr_ray.storage import open_filesystem
 

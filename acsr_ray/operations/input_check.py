@@ -44,8 +44,9 @@ class InputIndex:
         self._source = list_corpus(location)
         self._snapshot, self._fingerprint = snapshot, fingerprint
         self._limit: int | None = bound.get("limit")
-        self._spans: dict[str, list[Unit]] = {}
-        """Units of the tars, which alone know where in them their rows are; from `check`."""
+        self._as_before: dict[str, list[Unit]] = {}
+        """Shards with the content that was purified, from `check`; of tars the units, which alone know where
+        in the tar their rows are."""
         plan = UnitPlan()
         self._plan = UnitPlan(
             bound.get("image_column", plan.image_column),
@@ -68,8 +69,6 @@ class InputIndex:
             yield from self._changed_images(source, work)
             return
         for found in inspect_shards(source, self._plan, self._snapshot, self._fingerprint):
-            if isinstance(found, ShardWork) and any(unit.span for unit in found.units):
-                self._spans[found.relative] = found.units
             yield from self._compare(found)
 
     def unit(self, relative: str, entry: ShardEntry, receipt: Receipt) -> Unit | None:
@@ -80,11 +79,11 @@ class InputIndex:
             files = tuple((file.uri, file.path, folder.label(file)) for file in folder.files[first:behind])
             names = folder.class_names
             return Unit(folder.name, relative, first, behind - 1, "", files, names) if files else None
-        shard = self._shards.get(relative)
-        if shard is None or (shard.uri, shard.version) != (entry.uri, entry.version):
+        if relative not in self._as_before:
             return None
+        shard = self._shards[relative]
         # A unit that was published in parts lies inside of the planned one.
-        planned, last = self._spans.get(relative, ()), behind - 1
+        planned, last = self._as_before[relative], behind - 1
         span = next((unit.span for unit in planned if unit.first <= first and last <= unit.last), ())
         if shard.is_tar and not span:
             return None
@@ -114,7 +113,10 @@ class InputIndex:
         done = 0 if entry is None else sum(receipt.rows for receipt in entry.receipts)
         if entry is not None and entry.content != work.content:
             yield Problem("input", work.relative, "it has changed since it was purified")
-        elif done > rows or (done < rows and self._limit is None):
+            return
+        if entry is not None:
+            self._as_before[work.relative] = [unit for unit in work.units if unit.span]
+        if done > rows or (done < rows and self._limit is None):
             yield Problem("input", work.relative, f"{done} of its {rows} rows are in the output")
 
 
