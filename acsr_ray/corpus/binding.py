@@ -16,6 +16,8 @@ RUN, BUNDLE, DATA = "_acsr/run.json", "_acsr/bundle.json", "data"
 NAMED_BY, RETRY = "named_by", "retry"
 """Keys of `run.json` beside the settings: the fingerprint that names units where it is not that of the
 settings, and the order."""
+CUT_BY = ("input", "limit", "unit_rows", "unit_megabytes")
+"""Settings that an output is bound to, but that decide no row: which rows there are, and how they are cut."""
 SHOWN_CHANGES = 12
 
 
@@ -70,10 +72,8 @@ class Binding:
         if before is None or differences(before, settings):
             if bundle is not None:
                 write_json(self._storage, BUNDLE, bundle)
-            # A name may never come to mean other rows than those it stood for.
-            named_by = self._run().get(NAMED_BY)
-            chained = {} if named_by is None else {NAMED_BY: json_digest([named_by, dict(settings)])}
-            write_json(self._storage, RUN, {**settings, **chained})
+            chained = self._chained(settings)
+            write_json(self._storage, RUN, {**settings, **({} if chained is None else {NAMED_BY: chained})})
 
     def settings(self) -> dict[str, Any] | None:
         """Return the settings that the output is bound to, None where there are none yet."""
@@ -87,6 +87,23 @@ class Binding:
             fingerprint: of the settings that the output is bound to.
         """
         return str(self._run().get(NAMED_BY, fingerprint))
+
+    def naming_after(self, settings: Mapping[str, Any], fingerprint: str) -> str:
+        """Return what `naming` will once the output is bound to these settings; writes nothing.
+
+        Args:
+            settings: that `claim` would be given.
+            fingerprint: of them.
+        """
+        before = self.settings()
+        if before is not None and not differences(before, settings):
+            return self.naming(fingerprint)
+        return self._chained(settings) or fingerprint
+
+    def _chained(self, settings: Mapping[str, Any]) -> str | None:
+        # A name may never come to mean other rows than those it stood for.
+        named_by = self._run().get(NAMED_BY)
+        return None if named_by is None else json_digest([named_by, dict(settings)])
 
     def retry_order(self) -> RetryOrder | None:
         """Return the last order for a retry, None where there was none."""

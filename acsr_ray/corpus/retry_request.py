@@ -147,7 +147,8 @@ class RetryRequest:
         if not self._reasons or raised:
             shards = frozenset(r for r, entry in snapshot.shards.items() if not entry.complete)
         if not self._reasons:
-            shards |= {shard_of(name) for name in failed_units(ledger.storage)}
+            # Some have been done since by an ordinary run.
+            shards |= {shard_of(name) for name in failed_units(ledger.storage).keys() - snapshot.names()}
         if not raised and self._reasons and self._reasons.isdisjoint(BY_CHANCE):
             logger.warning(
                 "no limit was raised: rows quarantined for %s are only accepted by another decoder, as a new "

@@ -14,8 +14,9 @@ from typing import Any, Literal
 from acsr_ray.corpus.changes import shortened, unchanged
 from acsr_ray.corpus.containers import ContainerError
 from acsr_ray.corpus.ledger import shard_of
+from acsr_ray.corpus.retrying import Generations
 from acsr_ray.corpus.snapshot import ShardEntry, Snapshot
-from acsr_ray.corpus.sources import SHARD_SUFFIX, ImageFolder, Shard
+from acsr_ray.corpus.sources import ImageFolder, Shard
 from acsr_ray.corpus.units import (
     Unit,
     UnitPlan,
@@ -23,7 +24,8 @@ from acsr_ray.corpus.units import (
     limited,
     parquet_facts,
     parquet_units,
-    shard_units,
+    tar_facts,
+    tar_units,
 )
 from acsr_ray.storage import patiently
 
@@ -59,7 +61,7 @@ class ShardSurvey:
     images: int = 0
     units: int = 0
     image_bytes: int = 0
-    """Encoded; 0 for an unchanged shard, whose footer is not read."""
+    """Encoded, of a tar with the texts beside them; 0 for an unchanged shard, whose footer is not read."""
     row_groups: int = 0
     to_do: tuple[Unit, ...] = ()
     """Units that a run would purify. Where `content` is `UNKNOWN`, their output names are not known."""
@@ -204,9 +206,10 @@ def _read(shard: Shard, plan: UnitPlan, snapshot: Snapshot) -> _Found:
 
 
 def _inside(shard: Shard, plan: UnitPlan, content: str) -> _Found:
-    """Return what a shard's own index tells: of Parquet its footer; of other containers the units alone."""
-    if not shard.uri.endswith(SHARD_SUFFIX):
-        return _Found(shard.uri, list(shard_units(shard, plan, content)))
+    """Return what a shard's own index tells: the footer of Parquet, the headers of a tar."""
+    if shard.is_tar:
+        index = tar_facts(shard, plan)
+        return _Found(shard.uri, list(tar_units(shard, index, content)), index.num_bytes)
     facts = parquet_facts(shard, plan)
     units = list(parquet_units(shard, plan, facts, content)) if facts.num_rows else []
     return _Found(shard.uri, units, facts.image_bytes, facts.row_groups)
@@ -214,6 +217,7 @@ def _inside(shard: Shard, plan: UnitPlan, content: str) -> _Found:
 
 def _judged(found: Iterator[_Found], output: OutputState, limit: int | None) -> Iterator[ShardSurvey]:
     """Say of each shard what is to do, up to the limit."""
+    generations = Generations(output.snapshot, output.fingerprint, output.finished, None)
     left = limit
     for shard in found:
         if left == 0:
@@ -223,6 +227,8 @@ def _judged(found: Iterator[_Found], output: OutputState, limit: int | None) -> 
         kept = sum(unit.num_rows for unit in units)
         left = None if left is None else left - kept
         size = shard.image_bytes * kept // rows if rows else shard.image_bytes
+        # Units that a retry made have other names.
+        units = list(map(generations.current, units))
         yield _judge(replace(shard, units=units, image_bytes=size), output)
 
 

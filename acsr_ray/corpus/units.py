@@ -19,16 +19,8 @@ from acsr_ray.columns import IMAGE, LABEL
 from acsr_ray.corpus.container_errors import ContainerError
 from acsr_ray.corpus.containers import check_schema, open_parquet
 from acsr_ray.corpus.schema import IMAGE_TYPE, image_features
-from acsr_ray.corpus.sources import (
-    CHAIN,
-    CorpusError,
-    ImageFile,
-    ImageFolder,
-    Shard,
-    find_source,
-    version_of,
-)
-from acsr_ray.corpus.webdataset import index_tar, read_samples, tell_left_out
+from acsr_ray.corpus.sources import CHAIN, CorpusError, ImageFile, ImageFolder, Shard, find_source, version_of
+from acsr_ray.corpus.webdataset import TarIndex, index_tar, read_samples, tell_left_out
 from acsr_ray.storage import open_filesystem
 
 logger = logging.getLogger(__name__)
@@ -192,7 +184,9 @@ def shard_units(shard: Shard, plan: UnitPlan, content: str = "") -> Iterator[Uni
         OSError: the store does not deliver it.
     """
     if shard.is_tar:
-        yield from _tar_units(shard, plan, content)
+        index = tar_facts(shard, plan)
+        if index.runs:
+            yield from tar_units(shard, index, content or shard.digest or _file_digest(shard.uri))
         return
     facts = parquet_facts(shard, plan)
     if not facts.num_rows:
@@ -227,12 +221,15 @@ def parquet_units(shard: Shard, plan: UnitPlan, facts: ParquetFacts, content: st
         yield Unit(shard.uri, shard.relative, first, last, content, version=shard.version)
 
 
-def _tar_units(shard: Shard, plan: UnitPlan, content: str) -> Iterator[Unit]:
+def tar_facts(shard: Shard, plan: UnitPlan) -> TarIndex:
+    """Read and check the headers of a tar; raises as `shard_units`."""
     index = index_tar(shard.uri, plan.unit_rows, plan.unit_megabytes * 2**20 / EXPANSION)
     tell_left_out(index, shard.uri)
-    if not index.runs:
-        return
-    content = content or shard.digest or _file_digest(shard.uri)
+    return index
+
+
+def tar_units(shard: Shard, index: TarIndex, content: str) -> Iterator[Unit]:
+    """Yield the units of a tar, by its index, whose content has that digest."""
     for run in index.runs:
         span = (run.start, run.end, run.first)
         yield Unit(shard.uri, shard.relative, run.first, run.last, content, version=shard.version, span=span)

@@ -79,8 +79,6 @@ class TarIndex:
     """What the headers of a tar say."""
 
     runs: tuple[Run, ...]
-    num_samples: int
-    num_images: int
     num_bytes: int
     """Of images and texts, which are all that is read."""
     left_out: Mapping[str, int]
@@ -103,7 +101,7 @@ def index_tar(
         OSError: the store does not deliver it.
     """
     runs: list[Run] = []
-    row = rows = size = images = total = start = end = 0
+    row = rows = size = total = start = end = 0
     keys, left_out = array("Q"), Counter[str]()
     with _open_tar(uri) as stored:
         for sample in _samples(tar_members(stored, uri, limits), uri, limits, left_out):
@@ -116,11 +114,11 @@ def index_tar(
             for name in sample.left_out:
                 left_out[name if name in left_out or len(left_out) < MOST_EXTENSIONS else OTHERS] += 1
             row, rows, size, end = row + 1, rows + 1, size + sample.num_bytes, sample.end
-            images, total = images + (sample.image is not None), total + sample.num_bytes
+            total += sample.num_bytes
     if rows:
         runs.append(Run(row - rows, row - 1, start, end))
     _check_keys(keys, uri)
-    return TarIndex(tuple(runs), row, images, total, left_out)
+    return TarIndex(tuple(runs), total, left_out)
 
 
 def tell_left_out(index: TarIndex, uri: str) -> None:

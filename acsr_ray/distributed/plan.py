@@ -5,7 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +15,8 @@ from acsr_ray.artifacts import MANIFEST, json_digest
 from acsr_ray.config import ConfigError, Device, FailedError, Settings
 from acsr_ray.corpus.changes import check_there, list_corpus
 from acsr_ray.corpus.ledger import Ledger
-from acsr_ray.corpus.sources import CorpusError
+from acsr_ray.corpus.removals import RemovalError, check_removed
+from acsr_ray.corpus.sources import CorpusError, ImageFolder, Shard
 from acsr_ray.corpus.survey import OutputState, Problem, Survey, survey_corpus
 from acsr_ray.corpus.units import check_source
 from acsr_ray.distributed.plan_table import plan_table
@@ -110,6 +111,7 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
     source = list_corpus(settings.input)
     check_source(source, settings.input, settings.image_column)
     survey = survey_corpus(source, settings.plan, output.state, settings.limit)
+    output = _with_removals(output, source, survey, settings.max_removed_share)
     listing_s = time.perf_counter() - began
     content = _content(settings, survey, output, listing_s)
     if output.ledger is not None:
@@ -125,13 +127,32 @@ def _look_at_output(settings: PlanSettings) -> _Output:
         return _Output(None, OutputState(fingerprint=fingerprint), None)
     assert settings.input is not None
     ledger = Ledger(output_location(settings.output, settings.input))
+    bound = binding_settings(settings, deciding)
+    # A retry that raised limits left units under the name of the limits before.
+    fingerprint = ledger.binding.naming_after(bound, fingerprint)
     manifest = json.loads((find_bundle(settings.bundle) / MANIFEST).read_bytes())
     refusal = None
     try:
-        ledger.check(binding_settings(settings, deciding), manifest, anew=settings.anew)
+        ledger.check(bound, manifest, anew=settings.anew)
     except CorpusError as error:
         refusal = str(error)
     return _Output(ledger, OutputState(ledger.snapshot(), fingerprint, ledger.finished()), refusal)
+
+
+def _with_removals(
+    output: _Output, source: list[Shard] | ImageFolder, survey: Survey, most: float
+) -> _Output:
+    """Return the output as refused where too much of what was purified has left the input."""
+    if output.refusal is not None:
+        return output
+    before = output.state.snapshot.shards
+    empty = {shard.uri for shard in survey.shards if not shard.images and shard.problem is None}
+    emptied = [name for name, entry in before.items() if entry.receipts and entry.uri in empty]
+    try:
+        check_removed(before, source, most, emptied)
+    except RemovalError as error:
+        return replace(output, refusal=str(error))
+    return output
 
 
 def _content(settings: PlanSettings, survey: Survey, output: _Output, listing_s: float) -> dict[str, Any]:

@@ -8,9 +8,10 @@ import pyarrow.compute as pc
 
 from acsr_ray.config import AcsrError
 from acsr_ray.corpus.changes import Refused, ShardWork, folder_work, inspect_shards, list_corpus
+from acsr_ray.corpus.retrying import Generations
 from acsr_ray.corpus.snapshot import Receipt, ShardEntry, Snapshot
 from acsr_ray.corpus.sources import ImageFolder
-from acsr_ray.corpus.units import Unit, UnitPlan, read_unit
+from acsr_ray.corpus.units import Unit, UnitPlan, limited, read_unit
 from acsr_ray.operations.unit_check import Problem
 from acsr_ray.storage import patiently
 
@@ -33,15 +34,19 @@ class InputIndex:
         location: of the input.
         bound: settings of the output.
         snapshot: of the output.
+        fingerprint: that names the output's units.
 
     Raises:
         CorpusError: there is no such input.
     """
 
-    def __init__(self, location: str, bound: Mapping[str, Any], snapshot: Snapshot) -> None:
+    def __init__(self, location: str, bound: Mapping[str, Any], snapshot: Snapshot, fingerprint: str) -> None:
         self._source = list_corpus(location)
-        self._snapshot = snapshot
-        self._limited = bound.get("limit") is not None
+        self._snapshot, self._fingerprint = snapshot, fingerprint
+        self._limit: int | None = bound.get("limit")
+        self._as_before: dict[str, list[Unit]] = {}
+        """Shards with the content that was purified, from `check`; of tars the units, which alone know where
+        in the tar their rows are."""
         plan = UnitPlan()
         self._plan = UnitPlan(
             bound.get("image_column", plan.image_column),
@@ -59,23 +64,44 @@ class InputIndex:
         for relative in sorted(known.keys() - here):
             yield Problem("input", relative, "it is no longer in the input; the next run removes its rows")
         if isinstance(source, ImageFolder):
-            yield from self._compare(folder_work(source, self._plan, ""))
-            return
-        for work in inspect_shards(source, self._plan, self._snapshot, ""):
+            work = folder_work(source, self._plan, self._fingerprint)
             yield from self._compare(work)
+            yield from self._changed_images(source, work)
+            return
+        for found in inspect_shards(source, self._plan, self._snapshot, self._fingerprint):
+            yield from self._compare(found)
 
     def unit(self, relative: str, entry: ShardEntry, receipt: Receipt) -> Unit | None:
-        """Return the input of a published unit, None where the input is not what it was."""
+        """Return the input of a published unit, None where the input is not what it was; after `check`."""
         first, behind = receipt.first, receipt.first + receipt.rows
         if isinstance(self._source, ImageFolder):
             folder = self._source
             files = tuple((file.uri, file.path, folder.label(file)) for file in folder.files[first:behind])
             names = folder.class_names
             return Unit(folder.name, relative, first, behind - 1, "", files, names) if files else None
-        shard = self._shards.get(relative)
-        if shard is None or (shard.uri, shard.version) != (entry.uri, entry.version):
+        if relative not in self._as_before:
             return None
-        return Unit(shard.uri, relative, first, behind - 1, entry.content, version=shard.version)
+        shard = self._shards[relative]
+        # A unit that was published in parts lies inside of the planned one.
+        planned, last = self._as_before[relative], behind - 1
+        span = next((unit.span for unit in planned if unit.first <= first and last <= unit.last), ())
+        if shard.is_tar and not span:
+            return None
+        return Unit(shard.uri, relative, first, last, entry.content, version=shard.version, span=span)
+
+    def _changed_images(self, folder: ImageFolder, work: ShardWork) -> Iterator[Problem]:
+        """Yield units that the next run would make again, as other files than those they were made of."""
+        entry = self._snapshot.shards.get(work.relative)
+        if entry is None or not all(file.version for file in folder.files):
+            return  # a store that tells neither times nor tags: every run makes all of it again
+        generations = Generations(self._snapshot, self._fingerprint, self._snapshot.names(), None)
+        units = [part for unit in limited(work.units, self._limit) for part in generations.cut(unit)]
+        expected = {unit.output_name(self._fingerprint) for unit in units}
+        for receipt in entry.receipts:
+            if receipt.name not in expected:
+                where = f"{work.relative} rows {receipt.first} to {receipt.first + receipt.rows - 1}"
+                detail = "of their files, some are others or were written again since they were purified"
+                yield Problem("input", where, detail)
 
     def _compare(self, work: ShardWork | Refused) -> Iterator[Problem]:
         if isinstance(work, Refused):
@@ -87,7 +113,10 @@ class InputIndex:
         done = 0 if entry is None else sum(receipt.rows for receipt in entry.receipts)
         if entry is not None and entry.content != work.content:
             yield Problem("input", work.relative, "it has changed since it was purified")
-        elif done > rows or (done < rows and not self._limited):
+            return
+        if entry is not None:
+            self._as_before[work.relative] = [unit for unit in work.units if unit.span]
+        if done > rows or (done < rows and self._limit is None):
             yield Problem("input", work.relative, f"{done} of its {rows} rows are in the output")
 
 

@@ -61,7 +61,7 @@ def output_status(settings: StatusSettings) -> dict[str, Any]:
         "progress": read_object(ledger.storage, PROGRESS) if under_way else None,
         "runs": [
             {key: record[key] for key in RECORD_KEYS if key in record}
-            | {"failed_units": len(record.get("failed_units") or {})}
+            | {"failed_units": record.get("failed_units_total", len(record.get("failed_units") or {}))}
             for record in run_records(ledger.storage, SHOWN)
         ],
         "unfinished": unfinished(ledger, snapshot, sizes.keys()),

@@ -9,8 +9,10 @@ from typing import Any, ClassVar, TypeVar
 
 from pydantic import Field
 
+from acsr_ray.artifacts import json_digest
 from acsr_ray.columns import IMAGE
 from acsr_ray.config import ResumableStop
+from acsr_ray.corpus.binding import CUT_BY
 from acsr_ray.corpus.lease import Lease, look
 from acsr_ray.corpus.ledger import DATA, QUARANTINE, READY, Ledger
 from acsr_ray.corpus.snapshot import Receipt, ShardEntry, Snapshot, total
@@ -137,7 +139,9 @@ class Verification:
         self.notes: list[str] = []
         self._ledger, self._snapshot, self._threads = ledger, snapshot, threads
         self._image_column = str(bound.get("image_column", IMAGE))
-        self._index = None if source is None else InputIndex(absolute_uri(source), bound, snapshot)
+        deciding = {key: value for key, value in bound.items() if key not in CUT_BY}
+        named_by = ledger.binding.naming(json_digest(deciding))
+        self._index = None if source is None else InputIndex(absolute_uri(source), bound, snapshot, named_by)
         self._kept = ledger.storage.names(QUARANTINE)
 
     def problems(self) -> Iterator[Problem]:

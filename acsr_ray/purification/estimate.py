@@ -7,7 +7,7 @@ was measured: planned against actual runs (`tests/distributed/test_plan.py`).
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -265,39 +265,6 @@ def wilson(count: int, of: int) -> tuple[float, float, float]:
     middle = (share + square / (2 * of)) / (1 + square / of)
     half = NORMAL_95 / (1 + square / of) * math.sqrt(share * (1 - share) / of + square / (4 * of * of))
     return max(0.0, middle - half), share, min(1.0, middle + half)
-
-
-def compare(plan: Mapping[str, Any] | None, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Compare what was planned with what a run record tells.
-
-    Args:
-        plan: the dict of `acsr-ray plan`; None where nothing was planned.
-        record: of a run: `images`, `elapsed_s`, `outcome`, and `statuses` where there are any.
-
-    Returns:
-        `comparable` with a `reason` where it is False: nothing planned, a run that did not end, or other
-        images than were planned. Else for `seconds` and `images_per_s` (and `quarantined`) the planned range,
-        the actual value, their `ratio` (actual / planned) and whether the actual is `inside` the range.
-    """
-    if not plan:
-        return {"comparable": False, "reason": "nothing was planned"}
-    if record.get("outcome", "done") != "done":
-        return {"comparable": False, "reason": f"the run ended as {record['outcome']}"}
-    expected, images = plan["images_to_do"], record["images"]
-    if not expected or abs(images - expected) > 0.01 * expected:
-        return {"comparable": False, "reason": f"{expected} images were planned, {images} were done"}
-    actual = {"seconds": record["elapsed_s"], "images_per_s": images / max(1e-9, record["elapsed_s"])}
-    if "statuses" in record:
-        actual["quarantined"] = record["statuses"].get("quarantined", 0)
-    told: dict[str, Any] = {"comparable": True, "reason": ""}
-    for name, value in actual.items():
-        planned = plan["estimate"].get(name)
-        if planned is None:
-            continue
-        ratio = value / planned["mean"] if planned["mean"] else None
-        inside = planned["low"] <= value <= planned["high"]
-        told[name] = {"planned": dict(planned), "actual": value, "ratio": ratio, "inside": inside}
-    return told
 
 
 def on_gpu(sample: Sample, speedup: float) -> Sample:

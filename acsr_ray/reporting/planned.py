@@ -30,13 +30,18 @@ class Comparison:
 
 
 def compare(record: RunRecord) -> list[Comparison]:
-    """Return what of the plan can be compared: the rate always, the seconds if as many images were done."""
-    if not record.images or not record.elapsed_s:
+    """Return rate and seconds beside the plan; nothing where the plan was for another number of images.
+
+    A plan stays with the output until the next one, and the start of Ray and of the workers decides the rate
+    of a small night: beside the plan of a whole corpus it would always look slow.
+    """
+    if not record.images or not record.elapsed_s or not same_images(record):
         return []
     rate = record.images / record.elapsed_s
-    found = [_comparison(record.plan, "images_per_s", rate)]
-    if same_images(record):
-        found.append(_comparison(record.plan, "seconds", record.elapsed_s))
+    found = [
+        _comparison(record.plan, "images_per_s", rate),
+        _comparison(record.plan, "seconds", record.elapsed_s),
+    ]
     return [comparison for comparison in found if comparison is not None]
 
 

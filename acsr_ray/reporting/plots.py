@@ -67,12 +67,11 @@ def planned(record: RunRecord) -> Markup:
     """Return the plan's estimates beside what came."""
     comparisons = compare(record)
     images = planned_images(record.plan)
+    if not comparisons and images is not None and record.images and not same_images(record):
+        words = f"planned for {number(images)} images, and this run did {number(record.images)}"
+        return element("p", f"The last plan was for another run, and is not compared: it was {words}.")
     if not comparisons:
         return element("p", "There is a plan, but nothing of it that could be compared with this run.")
-    notes = []
-    if not same_images(record):
-        words = f"planned for {number(images)} images, and this run did {number(record.images)}"
-        notes.append(element("p", f"Only the rate can be compared: it was {words}."))
     charts = []
     for one in comparisons:
         seconds = one.quantity == "seconds"
@@ -85,7 +84,7 @@ def planned(record: RunRecord) -> Markup:
         )
         title = "Time" if seconds else "Images per second"
         charts.append(estimate(title, one.low, one.mean, one.high, one.actual, shown, sentence))
-    return joined(*notes, element("div", *charts, class_="charts"))
+    return element("div", *charts, class_="charts")
 
 
 def measures(contents: Contents) -> Markup:

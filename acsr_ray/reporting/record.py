@@ -28,7 +28,6 @@ from acsr_ray.storage import Storage
 
 RUNS = "_acsr/runs"
 RECORD = "record.json"
-PLAN = "_acsr/plan.json"
 NAMED = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,127}")
 THIS_RUN = re.compile(r"(\d+) images in (\d+) units")
 SECRET = re.compile(
@@ -213,7 +212,7 @@ def load_record(storage: Storage, snapshot: Snapshot, run: str | None = None) ->
 
 
 def read_record(fields: Mapping[str, Any], storage: Storage, snapshot: Snapshot) -> RunRecord:
-    """Return a record of what can be used of its fields; totals and a plan from the output where it has none.
+    """Return a record of what can be used of its fields; totals from the output where it has none.
 
     Args:
         fields: as `record.json` has them.

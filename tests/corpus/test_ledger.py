@@ -12,6 +12,7 @@ import pytest
 from acsr_ray.columns import PURIFIED, QUARANTINED, REASON, STATUS
 from acsr_ray.corpus.lease import Lease
 from acsr_ray.corpus.ledger import LateAttemptError, Ledger, shard_of
+from acsr_ray.corpus.retrying import RetryOrder
 from acsr_ray.corpus.snapshot import Receipt, ShardEntry, Snapshot, total
 from acsr_ray.corpus.sources import CorpusError
 
@@ -152,6 +153,19 @@ def test_check_refuses_a_foreign_data_folder(ledger):
     with pytest.raises(CorpusError, match="no purification here wrote"):
         ledger.check({"limit": 1})
     assert files(ledger) == {"data/mine.txt"}
+
+
+def test_the_name_that_settings_will_give_is_known_before(ledger):
+    binding = ledger.binding
+    assert binding.naming_after({"a": 1}, "first") == "first"
+    ledger.claim({"a": 1})
+    binding.order_retry(RetryOrder(1, frozenset()), {"a": 2}, "first")
+    assert binding.naming_after({"a": 2}, "second") == "first"
+    # The settings of before again: their own name stands for units made under others.
+    later = binding.naming_after({"a": 1}, "first")
+    assert later != "first"
+    ledger.claim({"a": 1})
+    assert binding.naming("first") == later
 
 
 def test_a_snapshot_comes_back_as_it_was(ledger):

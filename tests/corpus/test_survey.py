@@ -1,7 +1,9 @@
 """A survey counts what a run would do, refuses what it would refuse, and reads no body for it."""
 
+import io
 import json
 import os
+import tarfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -214,6 +216,18 @@ def test_a_folder_of_images_is_one_shard(tmp_path):
     (source / "95.png").write_bytes(bytes(5))
     (shard,) = survey(source, output).shards
     assert (shard.state, shard.images, shard.images_to_do) == ("changed", 11, 3)
+
+
+def test_tars_tell_their_bytes(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for number in range(6):
+            for extension, size in (("png", 100), ("txt", 7), ("bin", 5000)):
+                info = tarfile.TarInfo(f"{number}.{extension}")
+                info.size = size
+                tar.addfile(info, io.BytesIO(b"x" * size))
+    told = survey(tmp_path).as_json()
+    assert (told["images"], told["units"], told["bytes"], told["bytes_hashed"]) == (6, 2, 642, 642)
+    assert survey(tmp_path, limit=3).as_json()["bytes"] == 321
 
 
 class CountingFileSystem(LocalFileSystem):

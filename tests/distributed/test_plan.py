@@ -20,7 +20,8 @@ from acsr_ray.distributed.plan import PLAN, ClusterSettings, PlanSettings, plan
 from acsr_ray.distributed.purify import purify_corpus
 from acsr_ray.distributed.purify_settings import PurifyCorpusSettings
 from acsr_ray.distributed.runtime import RaySettings
-from acsr_ray.purification.estimate import compare
+from acsr_ray.reporting.planned import compare
+from acsr_ray.reporting.record import RunRecord
 
 pytestmark = pytest.mark.ray
 
@@ -171,14 +172,13 @@ def test_the_plan_holds_on_20000_images(tmp_path):
     found = plan(settings)
     print(f"\n{settings.render(found)}")
     purified(settings)
-    (report,) = (tmp_path / "out" / "_acsr" / "runs").rglob("*.json")
-    record = json.loads(report.read_text())
-    told = compare(found, {**record, "outcome": "done"})
-    seconds = told["seconds"]
+    (kept,) = (tmp_path / "out" / "_acsr" / "runs").rglob("record.json")
+    record = RunRecord.model_validate_json(kept.read_bytes())
+    assert record.plan == found
+    (seconds,) = (one for one in compare(record) if one.quantity == "seconds")
     print(
-        f"planned {seconds['planned']['mean']:.1f} s "
-        f"({seconds['planned']['low']:.1f} to {seconds['planned']['high']:.1f}), "
-        f"actual {seconds['actual']:.1f} s, ratio {seconds['ratio']:.3f}; "
+        f"planned {seconds.mean:.1f} s ({seconds.low:.1f} to {seconds.high:.1f}), "
+        f"actual {seconds.actual:.1f} s, ratio {seconds.ratio:.3f}; "
         f"load {load_before:.1f} before and {os.getloadavg()[0]:.1f} after"
     )
-    assert abs(1 / seconds["ratio"] - 1) <= 0.25
+    assert abs(1 / seconds.ratio - 1) <= 0.25

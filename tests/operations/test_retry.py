@@ -8,8 +8,10 @@ from acsr_ray.cli import run_job
 from acsr_ray.config import ConfigError, FailedError
 from acsr_ray.corpus.images import DecodeLimits
 from acsr_ray.corpus.ledger import Ledger
+from acsr_ray.corpus.removals import RemovalError
 from acsr_ray.corpus.retry_request import BY_CHANCE, raised_limits
 from acsr_ray.corpus.sources import CorpusError
+from acsr_ray.distributed.plan import PlanSettings, plan
 from acsr_ray.distributed.purify import purify_corpus
 from acsr_ray.distributed.purify_settings import PurifyCorpusSettings
 from acsr_ray.operations.retry import RetrySettings, retry
@@ -209,6 +211,68 @@ def test_failed_units_are_tried_again_and_nothing_else(options, source, stage, v
     assert sorted(visible(options["output"])) == list(range(30))
     purify(options)
     assert sorted(visible(options["output"])) == list(range(10, 34))
+
+
+def planned(options, **changes):
+    """Plan where nothing is to do, which needs no sample and no Ray; return images to do and states."""
+    found = plan(PlanSettings.model_validate({**options, **changes}))
+    return found["images_to_do"], {state: count for state, count in found["shard_states"].items() if count}
+
+
+def test_a_plan_knows_what_a_retry_with_raised_limits_did(options, stage):
+    stage.refuses = small_side
+    purify(options)
+    raised = {"decode": {"max_side": 30_000}}
+    again(options, **raised)
+    assert planned(options, **raised) == (0, {"unchanged": 3})
+
+
+def test_a_plan_with_a_limit_knows_what_a_retry_did(options, stage):
+    stage.refuses = slow(5, 14)
+    purify(options, limit=18)
+    stage.refuses = slow()
+    assert again(options, limit=18)["retry"]["units"] == 2
+    assert planned(options, limit=18) == (0, {"unchanged": 2})
+
+
+def test_a_plan_for_a_folder_knows_what_a_retry_did(options, stage, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(10):
+        (folder / f"{number}.png").write_bytes(b"image %d" % number)
+    options = {**options, "input": str(folder)}
+    stage.refuses = slow(5)
+    purify(options)
+    stage.refuses = slow()
+    assert again(options)["retry"]["units"] == 1
+    assert planned(options) == (0, {"unchanged": 1})
+
+
+def test_a_plan_refuses_what_a_run_would_because_too_much_is_gone(options, source, stage, write_numbers):
+    purify(options)
+    share = {"max_removed_share": 0.1}
+    settings = PlanSettings.model_validate({**options, **share})
+    assert plan(settings)["refused"] is None
+    for change in ((source / "part-1.parquet").unlink, lambda: write_numbers(source / "part-1.parquet", [])):
+        change()
+        found = plan(settings)
+        with pytest.raises(RemovalError) as refusal:
+            purify(options, **share)
+        assert found["refused"] == str(refusal.value)
+        assert [problem["code"] for problem in found["problems"]] == ["output_refused"]
+
+
+def test_failed_units_that_were_done_since_are_not_tried_again(options, source, stage, write_numbers):
+    stage.fails = lambda unit: "given_up" if unit.relative == "part-1" and unit.first > 0 else None
+    with pytest.raises(FailedError):
+        purify(options)
+    stage.fails = lambda unit: None
+    purify(options)
+    # A retry that opened the shard would do what is new in it, which is for the next run.
+    write_numbers(source / "part-1.parquet", range(50, 60))
+    stage.units.clear()
+    again(options)
+    assert not stage.units
 
 
 def test_a_shard_of_which_nothing_was_done_is_tried_again(options, stage, visible):

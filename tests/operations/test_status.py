@@ -109,6 +109,14 @@ def test_records_of_all_releases_are_read(tmp_path):
     assert list(run_records(storage, 1)) == found[:1]
 
 
+def test_all_failed_units_are_counted_where_a_record_names_the_first(options, stage):
+    purify(options)
+    record = {"outcome": "failed", "failed_units": {"a.rows": "how"}, "failed_units_total": 1200}
+    name = "_acsr/runs/99990101T000000Z/record.json"
+    Ledger(options["output"]).storage.write(name, json.dumps(record).encode())
+    assert status(options)["runs"][0]["failed_units"] == 1200
+
+
 def test_an_output_in_a_store(bucket, stage, numbers_shard, tiny_bundle, capsys):
     bucket.put("in/part-0.parquet", numbers_shard(range(6)))
     options = {"input": "s3://corpus/in", "output": "s3://corpus/out", "bundle": str(tiny_bundle)}

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +21,7 @@ from acsr_ray.corpus.sources import CorpusError
 from acsr_ray.distributed.purify import purify_corpus
 from acsr_ray.distributed.purify_settings import PurifyCorpusSettings
 from acsr_ray.operations import verify as verifying
+from acsr_ray.operations.retry import RetrySettings, retry
 from acsr_ray.operations.verify import VerifySettings, verify_output
 
 ORPHAN = "part-1.rows-0000000-0000003.deadbeef.parquet"
@@ -253,6 +256,86 @@ def test_a_folder_of_images_and_a_limit(stage, tmp_path, tiny_bundle):
     assert verify(limited, input=str(folder))["clean"]
     (folder / "dog" / "8.png").unlink()
     assert kinds(verify(options, input=str(folder)))[0] == ("input", "photos")
+
+
+def purify(options, **changes):
+    return purify_corpus(PurifyCorpusSettings.model_validate({**options, **changes}))
+
+
+def write_tar(path, numbers):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for number in numbers:
+            for extension, data in (("png", b"image %d" % number), ("txt", b"text %d" % number)):
+                info = tarfile.TarInfo(f"{number:04d}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
+@pytest.mark.parametrize(("most_rows", "limit"), [(4, None), (1, None), (4, 15)])
+def test_tars_are_compared_with_their_input(most_rows, limit, stage, tmp_path, tiny_bundle):
+    source = tmp_path / "tars"
+    for shard in range(2):
+        write_tar(source / f"{shard}.tar", range(10 * shard, 10 * shard + 10))
+    options = {"input": str(source), "output": str(tmp_path / "out"), "bundle": str(tiny_bundle)}
+    stage.fails = lambda unit: "too_large" if unit.num_rows > most_rows else None
+    purify(options, unit_rows=4, limit=limit)
+    found = verify(options, input=str(source))
+    assert (found["problems"], found["images"]) == ([], limit or 20)
+    name = unit(options, "1.rows-0000004").name
+
+    def change_text(table):
+        texts = pa.array(["other"] * table.num_rows)
+        return table.set_column(table.column_names.index("txt"), "txt", texts)
+
+    rewrite(options, change_text, start=name)
+    (problem,) = verify(options, input=str(source))["problems"]
+    assert problem["name"].startswith("1 rows 4 to ")
+    assert "column 'txt'" in problem["detail"]
+    write_tar(source / "1.tar", range(30, 40))
+    (problem,) = verify(options, input=str(source))["problems"]
+    assert (problem["name"], problem["kind"]) == ("1", "input")
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(10):
+        (folder / f"{number}.png").write_bytes(b"image %d" % number)
+    return folder
+
+
+def test_an_image_of_a_folder_that_changed_is_found(stage, photos, tmp_path, tiny_bundle):
+    options = {"input": str(photos), "output": str(tmp_path / "out"), "bundle": str(tiny_bundle)}
+    purify(options, unit_rows=4)
+    assert verify(options, input=str(photos))["clean"]
+    (photos / "5.png").write_bytes(b"image 7")
+    os.utime(photos / "5.png", (1, 1))
+    (problem,) = verify(options, input=str(photos))["problems"]
+    assert (problem["kind"], problem["name"]) == ("input", "photos rows 4 to 7")
+
+
+def test_units_of_a_folder_that_were_retried_or_cut_are_clean(stage, photos, tmp_path, tiny_bundle):
+    options = {"input": str(photos), "output": str(tmp_path / "out"), "bundle": str(tiny_bundle)}
+    stage.fails = lambda unit: "too_large" if unit.num_rows > 3 else None
+    stage.refuses = lambda data, settings: "too_large" if data.endswith(b"5") else None
+    purify(options, unit_rows=4)
+    stage.refuses = lambda data, settings: None
+    retry(RetrySettings.model_validate({**options, "unit_rows": 4, "decode": {"max_side": 30_000}}))
+    receipts = [
+        receipt
+        for entry in Ledger(options["output"]).snapshot().shards.values()
+        for receipt in entry.receipts
+    ]
+    assert sorted((receipt.first, receipt.generation) for receipt in receipts) == [
+        (0, 0),
+        (2, 0),
+        (4, 1),
+        (6, 0),
+        (8, 0),
+    ]
+    assert verify(options, input=str(photos))["problems"] == []
 
 
 def test_there_must_be_a_purification(tmp_path):

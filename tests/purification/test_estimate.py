@@ -10,7 +10,6 @@ from acsr_ray.purification.estimate import (
     Costs,
     Layout,
     Load,
-    compare,
     costs_of,
     estimate,
     images_per_second,
@@ -170,37 +169,3 @@ def test_quarantined_images_have_an_interval_even_where_none_was_seen():
 def test_sizes_by_strata():
     found = size_strata(sample(units=[unit(sizes={SMALL: 3, LARGE: 2, (5000, 4000): 1})]))
     assert found == {"<= 0.0025": 3, "<= 0.01": 2, "> 16": 1}
-
-
-PLANNED = {
-    "images_to_do": 1000,
-    "estimate": {
-        "seconds": {"low": 80, "mean": 100, "high": 125},
-        "images_per_s": {"low": 8, "mean": 10, "high": 12.5},
-        "quarantined": {"low": 0, "mean": 0, "high": 15},
-    },
-}
-
-
-def test_planned_beside_actual():
-    record = {"images": 1000, "elapsed_s": 120.0, "outcome": "done", "statuses": {"quarantined": 20}}
-    told = compare(PLANNED, record)
-    assert told["comparable"]
-    assert (told["seconds"]["ratio"], told["seconds"]["inside"]) == (1.2, True)
-    assert told["images_per_s"]["actual"] == pytest.approx(1000 / 120)
-    assert (told["quarantined"]["ratio"], told["quarantined"]["inside"]) == (None, False)
-    assert not compare(PLANNED, {**record, "elapsed_s": 130.0})["seconds"]["inside"]
-
-
-@pytest.mark.parametrize(
-    ("plan", "record", "reason"),
-    [
-        (None, {"images": 1, "elapsed_s": 1.0}, "nothing was planned"),
-        (PLANNED, {"images": 1000, "elapsed_s": 1.0, "outcome": "stopped"}, "stopped"),
-        (PLANNED, {"images": 900, "elapsed_s": 1.0, "outcome": "done"}, "900 were done"),
-    ],
-)
-def test_what_cannot_be_compared_says_why(plan, record, reason):
-    told = compare(plan, record)
-    assert not told["comparable"]
-    assert reason in told["reason"]

@@ -25,12 +25,17 @@ def test_rate_and_seconds_are_compared():
     assert (seconds.quantity, seconds.ratio, seconds.is_inside) == ("seconds", pytest.approx(1.1), True)
 
 
-def test_the_seconds_of_another_number_of_images_are_not_compared():
-    record = RunRecord(images=300, elapsed_s=60, plan=PLAN)
+@pytest.mark.parametrize("images", [12, 980, 1020])
+def test_a_plan_for_other_images_is_not_compared(images):
+    record = RunRecord(outcome="done", images=images, elapsed_s=600, plan=PLAN)
     assert not same_images(record)
-    (rate,) = compare(record)
-    assert rate.ratio == pytest.approx(0.5)
-    assert not rate.is_inside
+    assert compare(record) == []
+    assert list(notices(record)) == []
+
+
+def test_a_range_that_was_missed():
+    rate, seconds = compare(RunRecord(images=1000, elapsed_s=130, plan=PLAN))
+    assert (rate.is_inside, seconds.is_inside) == (False, False)
 
 
 @pytest.mark.parametrize(
@@ -38,12 +43,12 @@ def test_the_seconds_of_another_number_of_images_are_not_compared():
     [
         None,
         {},
-        {"estimate": None},
-        {"estimate": {"images_per_s": "fast"}},
-        {"estimate": {"images_per_s": {"low": 1, "mean": None, "high": 2}}},
-        {"estimate": {"images_per_s": {"low": 1, "mean": float("nan"), "high": 2}}},
-        {"estimate": {"images_per_s": {"low": 3, "mean": 2, "high": 1}}},
-        {"estimate": {"images_per_s": {"low": 0, "mean": 0, "high": 0}}},
+        {"images_to_do": 1000, "estimate": None},
+        {"images_to_do": 1000, "estimate": {"images_per_s": "fast"}},
+        {"images_to_do": 1000, "estimate": {"images_per_s": {"low": 1, "mean": None, "high": 2}}},
+        {"images_to_do": 1000, "estimate": {"images_per_s": {"low": 1, "mean": float("nan"), "high": 2}}},
+        {"images_to_do": 1000, "estimate": {"images_per_s": {"low": 3, "mean": 2, "high": 1}}},
+        {"images_to_do": 1000, "estimate": {"images_per_s": {"low": 0, "mean": 0, "high": 0}}},
     ],
 )
 def test_what_is_no_plan_is_not_compared(plan):
@@ -77,7 +82,7 @@ def test_a_good_run_has_no_notice():
         ({"corpus": {"statuses": {"purified": 95, "quarantined": 5}}}, "5.0 % of the images"),
         ({"removed_shards": 3}, "3 shards left the input"),
         ({"retries": 2}, "2 units were tried again"),
-        ({"images": 100, "elapsed_s": 100, "plan": PLAN}, "0.1 times the planned rate"),
+        ({"images": 1000, "elapsed_s": 1000, "plan": PLAN}, "0.1 times the planned rate"),
         (
             {"unreadable": {"images": "no number"}, "origin": "record.json"},
             "record.json: images cannot be read",
