@@ -4,6 +4,7 @@ import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+from xdist.scheduler import LoadScopeScheduling
 
 from acsr_ray.clustering.gaussians import fit_gaussians
 from acsr_ray.models.classifier import EncoderConfig, encode, restore_encoder
@@ -38,15 +40,24 @@ CLUSTERS = np.array([(0, 0), (0, 1), (1, 0), (2, 0)])
 IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `-n`, give all that starts Ray to one process, and each file to one: fixtures are made once."""
-    for item in items:
-        starts_ray = item.get_closest_marker("ray") is not None or "ray_local" in getattr(
-            item, "fixturenames", ()
-        )
-        # Not by its nodeid, which is remembered once it was asked for: xdist adds the group to it.
-        item.add_marker(pytest.mark.xdist_group("ray" if starts_ray else str(item.path)))
+@cache
+def starts_ray(file: str) -> bool:
+    """Return whether a test file starts Ray."""
+    text = (Path(__file__).parents[1] / file).read_text()
+    return "mark.ray" in text or "ray_local" in text
+
+
+class ByFile(LoadScopeScheduling):
+    """With `-n`, each file is one process's, so that its fixtures are made once, and all Ray is in one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::")[0]
+        return "ray" if starts_ray(file) else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    """Deal tests out by file."""
+    return ByFile(config, log)
 
 
 def draw_smooth(count: int, height: int, width: int, seed: int) -> np.ndarray:
