@@ -60,7 +60,7 @@ class Stage:
         stage = self
 
         class Standing:
-            def __init__(self, settings: PurifyCorpusSettings, stop: Any) -> None:
+            def __init__(self, settings: PurifyCorpusSettings, stop: Any, tally: Any = None) -> None:
                 self.settings = settings
 
             def __enter__(self) -> Any:
