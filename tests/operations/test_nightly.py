@@ -6,6 +6,7 @@ import pytest
 
 from acsr_ray.cli import run_job
 from acsr_ray.config import ResumableStop
+from acsr_ray.corpus.binding import write_json
 from acsr_ray.corpus.ledger import Ledger
 from acsr_ray.corpus.snapshot import Receipt, ShardEntry, Snapshot
 from acsr_ray.corpus.stopping import StopRequested
@@ -86,7 +87,9 @@ def test_the_second_night_needs_but_the_output(options, source, stage, write_num
     write_numbers(source / "part-3.parquet", range(30, 33))
     stage.units.clear()
     # The bundle is no packaged one, and only a run's record knows where it is.
-    Ledger(options["output"]).report({"settings": {"bundle": options["bundle"]}})
+    record = {"run": "20260101T000000Z-000001", "bundle": options["bundle"]}
+    storage = Ledger(options["output"]).storage
+    write_json(storage, f"_acsr/runs/{record['run']}/record.json", record)
     run_job("repurify_nightly", ["--output", options["output"]])
     assert stage.done == [("part-3", 0)]
     out = capsys.readouterr().out

@@ -80,7 +80,6 @@ def main(source: str, output: str, side: int) -> None:
         night.run(list_corpus(source))
         order.finish(ledger)
         summary = night.summary(1.0)
-        ledger.report(summary)
     print(json.dumps(summary))
 
 
