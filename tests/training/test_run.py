@@ -133,7 +133,8 @@ def test_half_precision_is_close_and_leaves_weights_in_float():
     stepper, parts = begin(training)
     found = [loss.item() for _, loss in run(training, stepper, parts)]
     exact = losses(Tiny())
-    assert found == pytest.approx(exact, abs=0.05)
+    # Products in bfloat16 are summed in other ways on other processors.
+    assert found == pytest.approx(exact, abs=0.1)
     assert found != exact
     assert {tensor.dtype for tensor in stepper.tensors().values()} == {torch.float32}
 
