@@ -348,7 +348,7 @@ class Job:
     process: subprocess.Popen[str]
     log: Path
 
-    def wait(self, seconds: float = 240) -> int:
+    def wait(self, seconds: float = 400) -> int:
         """Wait for the end and return the exit code."""
         return self.process.wait(seconds)
 
@@ -356,7 +356,7 @@ class Job:
         """Return what it printed and logged."""
         return self.log.read_text()
 
-    def until(self, condition: Callable[[], bool], seconds: float = 120) -> None:
+    def until(self, condition: Callable[[], bool], seconds: float = 300) -> None:
         """Wait until something holds, while the job lives."""
         ends = time.monotonic() + seconds
         while not condition():

@@ -14,7 +14,7 @@ import pytest
 
 from acsr_ray.corpus.ledger import Ledger
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 
 slow = pytest.mark.slow
 ROWS, UNIT_ROWS = 300, 5
