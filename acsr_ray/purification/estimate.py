@@ -1,8 +1,8 @@
 """From a timed sample to a whole corpus on a given cluster: seconds, hours of CPUs and GPUs, with error bars.
 
 The bars come from two sources. The sample's own spread is seen by drawing its units and batches again
-(bootstrap). What the model leaves out, other programs on the machines above all, is `MODEL_SPREAD`, which
-was measured: planned against actual runs (`tests/distributed/test_plan.py`).
+(bootstrap). What the model leaves out, other programs on the machines above all, is `MODEL_SPREAD`, a
+guess that `tests/distributed/test_plan.py` is there to check.
 """
 
 import math
