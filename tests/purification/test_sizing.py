@@ -32,16 +32,17 @@ def decoded(*sizes: tuple[int, int]) -> pa.Table:
 @pytest.mark.parametrize("batch_size", [7, 64])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_work_is_cut_as_the_stages_cut_it(batch_size, device):
+    encoder_call = sizing.ENCODER_MICRO_BATCH[device]
     sizes = [(16, 16)] * 40 + [(24, 16)] * 3 + [(130, 130)] * 2
     work = Work(device, batch_size, "unrolled")
     calls, pixels = 0, 0
     for rows, images in batches_by_size(decoded(*sizes), batch_size):
-        calls += -(-len(rows) // sizing.ENCODER_MICRO_BATCH)
+        calls += -(-len(rows) // encoder_call)
         height, width = images.shape[-2:]
         micro = sizing.micro_batch(height, width, device)
         pixels += -(-len(rows) // micro) * micro * height * width
     counted = Counter(sizes)
-    assert sum(work.encoder_images(size, n) for size, n in counted.items()) == 32 * calls
+    assert sum(work.encoder_images(size, n) for size, n in counted.items()) == encoder_call * calls
     assert sum(work.solver_pixels(size, n) for size, n in counted.items()) == pixels
 
 
