@@ -20,6 +20,11 @@ PROGRAM = "exec python -m acsr_ray.cli"
 """`exec`: signals and exit code are the driver's own, not those of a shell around it."""
 
 
+BUSY_S = 120.0
+"""How long a dashboard that is busy is asked again to take a job."""
+AGAIN_S = 2.0
+
+
 class SubmitSettings(JobSettings):
     """Submit a job to a Ray cluster: `acsr-ray submit [OPTIONS] -- OPTIONS OF THE JOB`; its log is shown.
 
@@ -103,21 +108,34 @@ def _run_once(
 
 
 def _send(settings: SubmitSettings, dashboard: Dashboard, environment: dict[str, Any]) -> str:
-    """Submit the job once and return its id."""
+    """Submit the job once and return its id; a dashboard that is busy is asked again."""
     stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
     name = f"acsr-{settings.job.replace('_', '-')}-{stamp}-{uuid.uuid4().hex[:6]}"
-    try:
-        dashboard.client.submit_job(
-            entrypoint=f"{PROGRAM} {shlex.join([settings.job, *settings.arguments])}",
-            submission_id=name,
-            runtime_env=environment,
-            metadata={"acsr_job": settings.job},
-        )
-    except SubmitError:
-        raise
-    except OSError as error:
-        raise JobInterruptedError(f"{dashboard.address} went away: {error}; submit again") from None
-    except (RuntimeError, ValueError) as error:
-        raise SubmitError(f"{dashboard.address} does not take the job: {error}") from None
+    ends, tries = time.monotonic() + BUSY_S, 0
+    while True:
+        tries += 1
+        try:
+            dashboard.client.submit_job(
+                entrypoint=f"{PROGRAM} {shlex.join([settings.job, *settings.arguments])}",
+                submission_id=name,
+                runtime_env=environment,
+                metadata={"acsr_job": settings.job},
+            )
+        except SubmitError:
+            raise
+        except (OSError, RuntimeError, ValueError) as error:
+            if tries > 1 and "already exists" in str(error):
+                # The answer to an earlier try was lost on its way.
+                break
+            # A head that has just started, or has much to do, has no agent to take a job.
+            if not isinstance(error, OSError) and "status code 5" not in str(error):
+                raise SubmitError(f"{dashboard.address} does not take the job: {error}") from None
+            if time.monotonic() > ends:
+                raise JobInterruptedError(
+                    f"{dashboard.address} does not take the job now: {error}; submit it again"
+                ) from None
+            time.sleep(AGAIN_S)
+        else:
+            break
     logger.info("submitted %s; `ray job stop %s` stops it from elsewhere", name, name)
     return name

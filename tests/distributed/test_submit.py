@@ -37,6 +37,7 @@ class Cluster:
         self.posts = []
         self.jobs = {}
         self.ends = [("SUCCEEDED", 0)]
+        self.refusals = []
         cluster = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -84,6 +85,11 @@ class Cluster:
         self.posts.append((path, body))
         if path == "/api/jobs/":
             name = body["submission_id"]
+            if self.refusals:
+                status, text, taken = self.refusals.pop(0)
+                if taken:
+                    self.jobs[name] = details(name, *self.ends.pop(0))
+                return status, text
             status, code = self.ends.pop(0)
             self.jobs[name] = details(name, status, code)
             return {"job_id": name, "submission_id": name}
@@ -238,6 +244,37 @@ def test_a_job_is_sent_as_it_was_given(cluster, capsys):
     shown = capsys.readouterr()
     assert shown.err == LOG, "without a live log, the whole log at the end; once"
     assert shown.out == ""
+
+
+BUSY = (500, b"No available agent to submit job, please try again later.", False)
+
+
+def test_a_busy_dashboard_is_asked_again(cluster, monkeypatch):
+    monkeypatch.setattr(submit, "AGAIN_S", 0.01)
+    cluster.refusals = [BUSY, BUSY]
+    assert submit.submit(settings(cluster))["attempts"] == 1
+    assert len({body["submission_id"] for _, body in cluster.posts}) == 1
+    monkeypatch.setattr(submit, "BUSY_S", 0.05)
+    cluster.refusals = [BUSY] * 100
+    with pytest.raises(JobInterruptedError, match="No available agent"):
+        submit.submit(settings(cluster))
+
+
+def test_a_lost_answer_is_no_second_job(cluster, monkeypatch):
+    monkeypatch.setattr(submit, "AGAIN_S", 0.01)
+    cluster.refusals = [
+        (502, b"bad gateway", True),
+        (400, b"ValueError: Job with that id already exists", False),
+    ]
+    assert submit.submit(settings(cluster))["status"] == "SUCCEEDED"
+    assert len(cluster.jobs) == 1
+
+
+def test_a_job_that_is_refused(cluster):
+    cluster.refusals = [(400, b"TypeError: no such field", False)]
+    with pytest.raises(SubmitError, match=r"does not take the job: .*no such field"):
+        submit.submit(settings(cluster))
+    assert len(cluster.posts) == 1
 
 
 @pytest.mark.parametrize("job", ["submit", "purify-corpsu", "x; rm"])
