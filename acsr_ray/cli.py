@@ -57,6 +57,8 @@ ENTRY_POINTS: Mapping[str, tuple[str, str, str]] = {
     "repurify_nightly": ("acsr_ray.operations.nightly", "RepurifyNightlySettings", "repurify_nightly"),
     "benchmark": ("acsr_ray.benchmark.job", "BenchmarkSettings", "benchmark"),
 }
+INTERRUPTED, EXIT_INTERRUPTED = "interrupted", 130
+"""Ctrl-C where nothing was begun that could be resumed; the code is that of shells for SIGINT."""
 VERBS = tuple(name for name in ENTRY_POINTS if name not in JOBS)
 
 
@@ -101,6 +103,9 @@ def _run_for_people(job: str, given: Sequence[str]) -> int:
     except AcsrError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print(INTERRUPTED, file=sys.stderr)
+        return EXIT_INTERRUPTED
     text = settings.render(summary)
     if text is None:
         print(f"\n{job}: done in {time.perf_counter() - started:.1f} s")
@@ -138,6 +143,8 @@ def _outcome(job: str, given: Sequence[str]) -> Mapping[str, Any]:
         return {"error": message.removeprefix("error: "), "exit_code": stop.code}
     except AcsrError as error:
         return {"error": str(error), "exit_code": error.exit_code}
+    except KeyboardInterrupt:
+        return {"error": INTERRUPTED, "exit_code": EXIT_INTERRUPTED}
     except Exception as error:  # a program that reads stdout gets its object whatever happens
         traceback.print_exc()
         return {"error": f"{type(error).__name__}: {error}", "exit_code": 1}

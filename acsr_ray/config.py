@@ -123,7 +123,7 @@ JobT = TypeVar("JobT", bound=JobSettings)
 EPILOGUE = """
 With --json, stdout is one JSON object: the summary, or {"error", "exit_code"}; logs go to stderr.
 Exit codes: 0 done; 75 stopped cleanly before the end, the same command goes on; 2 settings, input or
-environment that cannot work; 1 failed."""
+environment that cannot work; 1 failed; 130 Ctrl-C before there was anything to resume."""
 """What every help ends with."""
 
 

@@ -33,6 +33,8 @@ def echo(settings: EchoSettings) -> dict[str, Any]:
     print("noise on the way")
     logging.getLogger(__name__).warning("a word to the log")
     errors = {"stop": ResumableStop("later"), "fail": FailedError("broken"), "bug": RuntimeError("odd")}
+    if settings.deed == "interrupt":
+        raise KeyboardInterrupt
     if settings.deed in errors:
         raise errors[settings.deed]
     summary: dict[str, Any] = {"word": settings.word, "rate": float("inf"), "names": ("a", "b")}
@@ -92,6 +94,7 @@ def test_people_see_a_summary(run):
         ("unwell", 1, {"word": "x", "rate": None, "names": ["a", "b"], "error": "not well", "exit_code": 1}),
         ("stop", 75, {"error": "later", "exit_code": 75}),
         ("fail", 1, {"error": "broken", "exit_code": 1}),
+        ("interrupt", 130, {"error": "interrupted", "exit_code": 130}),
         ("bug", 1, {"error": "RuntimeError: odd", "exit_code": 1}),
     ],
 )

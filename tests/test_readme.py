@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -78,3 +79,29 @@ def test_the_library_in_one_line_and_as_a_module():
         exec(compile(text, "README.md", "exec"), names)
     assert names["purified"].shape == names["attacked"].shape == (2, 3, 32, 32)
     assert names["predictions"].shape == (2, 10)
+
+
+def test_two_encoders_beside_each_other(tmp_path, monkeypatch, capsys):
+    """What is shown for the results of a sweep."""
+    (block,) = [text for text in blocks("python") if "mcnemar" in text]
+    names = re.findall(r'"(PGDAT[^"]*)"', block)
+    rows = [
+        {"key": key, "target": name, "attack": "pgd", "label": 1, "prediction": int(key < 12 + 6 * better)}
+        for better, name in enumerate(reversed(names))
+        for key in range(20)
+    ]
+    (tmp_path / "out/table1").mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "out/table1/results.parquet")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "README.md", "exec"), {})
+    told = capsys.readouterr().out
+    # Six images that only one of them has right: exactly, 2 / 2^6.
+    assert told.startswith("pgd ")
+    assert float(told.split()[-1]) == pytest.approx(2 / 2**6)
+
+
+def test_every_python_block_is_run_by_some_test():
+    """Here, in `tests/purification/test_readers.py` (readers) and `tests/corpus/test_delta.py`."""
+    marks = ("Purifier.load(", "mcnemar", "DeltaTable", "load_dataset", "duckdb.sql", "pd.read_parquet")
+    for text in blocks("python"):
+        assert any(mark in text for mark in marks), text

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from acsr_ray.filesystems import Access
 from acsr_ray.storage import DiskStorage, StorageError, StorageLocationError, open_storage
 
 FINGERPRINT = "ab" * 32
+README = Path(__file__).parents[2] / "README.md"
 IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
@@ -163,6 +165,16 @@ def test_every_wave_is_one_commit_with_its_snapshot(source, tmp_path):
     for begin in (True, False):
         spend(source, tmp_path / "out", begin=begin)
     assert len(log(tmp_path / "out")) == 3
+
+
+def test_what_the_readme_shows(tmp_path, monkeypatch):
+    (block,) = re.findall(r"^```python\n([^`]*DeltaTable[^`]*)^```", README.read_text(), re.MULTILINE)
+    write_shard(tmp_path / "in" / "a.parquet", range(6), image_id=[[f"id {number}" for number in range(6)]])
+    spend(tmp_path / "in", tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    shown = {}
+    exec(compile(block, str(README), "exec"), shown)
+    assert sorted(shown["good"]["image_id"].to_pylist()) == ["id 0", "id 2", "id 4"]
 
 
 def test_an_output_is_no_table_unless_asked_for(source, tmp_path):
