@@ -81,9 +81,8 @@ class Night:
         self._snapshot = ledger.snapshot()
         self.tally.corpus = lambda: total(self._snapshot.receipts())
         # What a crash after the last commit left half done.
-        ledger.settle(self._snapshot, lease.check)
-        self._published = ledger.published()
-        self._agenda = Agenda(settings, ledger, self._snapshot, ledger.finished())
+        self._published, finished = ledger.settle(self._snapshot, lease.check)
+        self._agenda = Agenda(settings, ledger, self._snapshot, finished)
         self._entries: dict[str, ShardEntry] = dict(self._snapshot.shards)
         self._open: dict[str, ShardWork] = {}
         self._emptied: dict[str, ShardWork] = {}

@@ -23,8 +23,10 @@ logger = logging.getLogger(__name__)
 
 RUNS, PROGRESS, PLAN = "_acsr/runs", "_acsr/progress.json", "_acsr/plan.json"
 TICK_SECONDS = 1.0
-CLOSE_SECONDS = 3.0
-"""How long an ending run waits for its record to be written."""
+CLOSE_SECONDS = 10.0
+"""How long an ending run tries to write its last record: one that is lost leaves it as running."""
+STOP_SECONDS = 3.0
+"""The same for a run that was stopped, which has half a minute in all."""
 
 
 @dataclass(frozen=True)
@@ -95,14 +97,15 @@ class ObservedRun:
         trace: TracebackType | None,
     ) -> None:
         self._closing.set()
-        self._thread.join(CLOSE_SECONDS)
+        self._thread.join(STOP_SECONDS)
         outcome, detail = outcome_of(error)
         self._corpus = self._tally.corpus()
-        progress = self._write_progress(outcome)
+        # The record first: it is what others go by, if there is time for one of them only.
         self._write_record(outcome, detail)
+        progress = self._write_progress(outcome)
         self._tally.listener.tick(progress)
         self._console.close(progress)
-        self._writer.close(CLOSE_SECONDS)
+        self._writer.close(STOP_SECONDS if outcome == "stopped" else CLOSE_SECONDS)
 
     def _keep_telling(self) -> None:
         told = recorded = time.monotonic()

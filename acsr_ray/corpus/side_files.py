@@ -28,7 +28,9 @@ class SideWriter:
         self._storage, self._is_ours = storage, is_ours
         self._changed = threading.Condition()
         self._waiting: dict[str, bytes] = {}
-        self._is_busy = self._is_closed = self._has_warned = False
+        self._is_busy = self._has_warned = False
+        self._ends: float | None = None
+        """When `close` gives up, once it was called."""
         self._thread = threading.Thread(target=self._work, daemon=True, name="side-files")
         self._thread.start()
 
@@ -39,10 +41,10 @@ class SideWriter:
             self._changed.notify_all()
 
     def close(self, seconds: float) -> bool:
-        """Take nothing more; wait so long for what was given, and return whether all of it was tried."""
+        """Take nothing more; try so long to write what was given, and return whether it came to an end."""
         ends = time.monotonic() + seconds
         with self._changed:
-            self._is_closed = True
+            self._ends = ends
             self._changed.notify_all()
             while (self._waiting or self._is_busy) and self._thread.is_alive():
                 left = ends - time.monotonic()
@@ -62,7 +64,7 @@ class SideWriter:
         while True:
             with self._changed:
                 while not self._waiting:
-                    if self._is_closed:
+                    if self._ends is not None:
                         return
                     self._changed.wait()
                 name = next(iter(self._waiting))
@@ -79,8 +81,9 @@ class SideWriter:
     def _write(self, name: str, data: bytes) -> None:
         for _ in range(TRIES):
             try:
-                # One try: the next content comes soon, and a run that ends does not wait.
-                self._storage.write(name, data, deadline_s=0.0)
+                # One try while the run goes on: the next content comes soon. The last one has none after it.
+                left = 0.0 if self._ends is None else max(0.0, self._ends - time.monotonic())
+                self._storage.write(name, data, deadline_s=left)
                 return
             except FileNotFoundError as gone:
                 error: Exception = gone

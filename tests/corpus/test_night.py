@@ -24,7 +24,7 @@ from acsr_ray.corpus.sources import CorpusError
 from acsr_ray.corpus.stopping import StopRequest
 from acsr_ray.corpus.units import Unit, UnitPlan, read_unit
 from acsr_ray.purification.failures import failed_unit
-from acsr_ray.storage import StorageError
+from acsr_ray.storage import DiskStorage, StorageError
 
 FINGERPRINT = "ab" * 32
 IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -425,6 +425,53 @@ def test_units_of_a_tar_are_halved(tmp_path):
     write_tar(tmp_path / "in" / "a.tar", range(11))
     spend(tmp_path / "in", tmp_path / "out", lambda unit: "too_large" if unit.num_rows > 2 else None, rows=11)
     assert tar_keys(tmp_path / "out") == list(range(11))
+
+
+def test_classes_that_come_or_go_change_labels_and_names_of_all_rows(tmp_path):
+    """A file that stays where it is in the order may be of another class by then, or of a class with others."""
+    folder, output = tmp_path / "photos", tmp_path / "out"
+    for number in range(12):
+        path = folder / ("ant", "bee", "cat")[number // 4] / f"{number:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"image %d" % number)
+
+    def as_published():
+        ledger, found = Ledger(str(output)), set()
+        for name in sorted(ledger.published()):
+            table = pq.read_table(io.BytesIO(ledger.storage.read(f"data/{name}")))
+            features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
+            classes = tuple(features["label"]["names"])
+            labels = [classes[label] for label in table["label"].to_pylist()]
+            paths = [cell["path"] for cell in table["image"].to_pylist()]
+            found |= {(path, label, classes) for path, label in zip(paths, labels, strict=True)}
+        return found
+
+    def as_listed():
+        paths = sorted(path.relative_to(folder) for path in folder.rglob("*.png"))
+        classes = tuple(sorted({path.parts[0] for path in paths}))
+        return {(path.as_posix(), path.parts[0], classes) for path in paths}
+
+    spend(folder, output)
+    assert as_published() == as_listed()
+    for path in (folder / "ant").iterdir():
+        path.rename(folder / "bee" / path.name)
+    (folder / "ant").rmdir()
+    spend(folder, output)
+    assert as_published() == as_listed()
+    (folder / "dog").mkdir()
+    (folder / "dog" / "99.png").write_bytes(b"image 99")
+    spend(folder, output)
+    assert as_published() == as_listed()
+
+
+def test_a_night_without_news_lists_the_output_twice(source, tmp_path, monkeypatch):
+    """At its beginning, and before it removes what is left over; a list of a store takes many requests."""
+    spend(source, tmp_path / "out")
+    listed = Counter()
+    names = DiskStorage.names
+    monkeypatch.setattr(DiskStorage, "names", lambda self, top: (listed.update([top]), names(self, top))[1])
+    spend(source, tmp_path / "out")
+    assert listed["data"] == listed["_acsr/ready"] == 2
 
 
 def test_a_folder_of_tars_becomes_parquet_under_the_same_names(tmp_path):

@@ -100,7 +100,7 @@ def test_how_it_ended_is_in_its_record(tmp_path, error, outcome, detail):
 
 
 def test_a_storage_in_trouble_neither_fails_nor_delays_a_stop(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("acsr_ray.corpus.observing.CLOSE_SECONDS", 0.5)
+    monkeypatch.setattr("acsr_ray.corpus.observing.STOP_SECONDS", 0.5)
 
     class Broken(DiskStorage):
         def write(self, name, data, deadline_s=None):

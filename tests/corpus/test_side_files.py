@@ -1,5 +1,6 @@
 """Files beside a run: the last content is written, and a storage in trouble neither fails nor holds up."""
 
+import errno
 import logging
 import threading
 import time
@@ -26,7 +27,6 @@ class Slow:
         if self.error is not None:
             raise self.error
         self.written.append((name, data))
-        assert deadline_s == 0.0
 
 
 def test_the_last_content_is_written_and_the_others_are_skipped():
@@ -99,6 +99,30 @@ def test_a_swept_staging_file_costs_one_try(tmp_path, monkeypatch):
     writer.put("a", b"1")
     assert writer.close(10)
     assert (tmp_path / "a").read_bytes() == b"1"
+
+
+def test_only_the_last_content_is_tried_again(tmp_path, monkeypatch):
+    """While the run goes on, the next content is the next try."""
+    storage, tries, busy = DiskStorage(tmp_path), [], 3
+    closing = threading.Event()
+
+    def sync(path):
+        tries.append(closing.is_set())
+        if len(tries) <= busy:
+            raise OSError(errno.EAGAIN, "busy")
+
+    monkeypatch.setattr(storage, "_stage", lambda data, stage=storage._stage: (sync(data), stage(data))[1])
+    writer = SideWriter(storage)
+    writer.put("a", b"1")
+    while not tries:
+        time.sleep(0.01)
+    time.sleep(0.5)
+    assert tries == [False]
+    closing.set()
+    writer.put("a", b"2")
+    assert writer.close(20)
+    assert (tmp_path / "a").read_bytes() == b"2"
+    assert len(tries) == busy + 1
 
 
 @pytest.mark.parametrize("place", ["disk", "objects"])
