@@ -182,7 +182,7 @@ class Ledger:
         Of an output that is a Delta table the log follows, whoever commits.
 
         Returns:
-            What `published` and `finished` would return now: listing a store of 10^5 units takes 100 requests.
+            What `published` and `finished` would return now: to list 10^5 units takes 100 requests.
 
         Raises:
             MissingExtraError: it is one, and `deltalake` is not installed.

@@ -249,8 +249,8 @@ def folder_units(folder: ImageFolder, plan: UnitPlan) -> Iterator[Unit]:
     first = 0
     for files in _runs(folder.files, plan.unit_rows, plan.unit_megabytes * 2**20 / EXPANSION):
         rows = tuple((file.uri, file.path, folder.label(file)) for file in files)
-        # Without a version the content is unknown; the time of planning then stands for it. Labels are rows of
-        # the output and class names its metadata: where a class comes or goes, both are others.
+        # Without a version the content is unknown; the time of planning then stands for it. Labels are in the
+        # output's rows and class names in its metadata: where a class comes or goes, both are others.
         versions = [[file.path, file.version or time.time_ns()] for file in files]
         content = json_digest([versions, [label for _, _, label in rows], folder.class_names])
         last = first + len(files) - 1

@@ -428,7 +428,7 @@ def test_units_of_a_tar_are_halved(tmp_path):
 
 
 def test_classes_that_come_or_go_change_labels_and_names_of_all_rows(tmp_path):
-    """A file that stays where it is in the order may be of another class by then, or of a class with others."""
+    """A file that keeps its place in the order may be of another class by then."""
     folder, output = tmp_path / "photos", tmp_path / "out"
     for number in range(12):
         path = folder / ("ant", "bee", "cat")[number // 4] / f"{number:02d}.png"
