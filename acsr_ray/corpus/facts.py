@@ -6,6 +6,7 @@ and those of a run's units are the run's. Nothing here grows with the number of 
 """
 
 import json
+import resource
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -42,6 +43,8 @@ class UnitFacts:
     """Rows that encoder and solver were called with."""
     rows_room: int = 0
     """Rows that they could have been called with."""
+    peak_mib: float = 0.0
+    """Most memory of a process that worked on them; of a sum the larger."""
 
     def __add__(self, other: "UnitFacts") -> "UnitFacts":
         return UnitFacts(
@@ -53,6 +56,7 @@ class UnitFacts:
             _sum(self.seconds, other.seconds),
             self.rows_given + other.rows_given,
             self.rows_room + other.rows_room,
+            max(self.peak_mib, other.peak_mib),
         )
 
     @property
@@ -108,6 +112,11 @@ def with_facts(table: pa.Table, facts: UnitFacts) -> pa.Table:
     # One value in a dictionary, as for the unit: no copy per row.
     indices = pa.array(np.zeros(table.num_rows, np.int32))
     return table.append_column(FACTS, pa.DictionaryArray.from_arrays(indices, [facts.to_json()]))
+
+
+def process_peak_mib() -> float:
+    """Return the most memory that this process has held so far, what it shares with others included."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
 
 
 def _binned(column: pa.ChunkedArray, edges: tuple[float, ...]) -> tuple[int, ...]:

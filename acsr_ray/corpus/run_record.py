@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
-from acsr_ray.corpus.facts import DISTANCE_EDGES, RESIDUAL_EDGES, UnitFacts
+from acsr_ray.corpus.facts import DISTANCE_EDGES, RESIDUAL_EDGES, UnitFacts, process_peak_mib
 
 SCHEMA_VERSION = 1
 MOST_POINTS = 500
@@ -118,6 +118,7 @@ class RunTally:
         self._began = self._last_unit = clock()
         self._facts, self._units = UnitFacts(), 0
         self._planned = 0
+        self._resources: dict[str, float] = {}
         self._limit: int | None = None
         self._shards = self._opened = 0
         self._again = self._fallen = self._removed = 0
@@ -160,6 +161,11 @@ class RunTally:
             while len(self._recent) > MOST_POINTS:
                 self._recent.popleft()
         self.listener.unit(facts)
+
+    def resources(self, cpus: float, gpus: float) -> None:
+        """Say what the cluster has; of one that grows, the last word counts."""
+        with self._lock:
+            self._resources = {"cpus": cpus, "gpus": gpus}
 
     def spent(self, facts: UnitFacts) -> None:
         """Add what was spent on a unit that was not published; `facts` has costs only."""
@@ -249,6 +255,8 @@ class RunTally:
                 "residual": _histogram(RESIDUAL_EDGES, facts.residual),
                 "distance": _histogram(DISTANCE_EDGES, facts.distance),
                 "stage_seconds": {name: round(spent, 3) for name, spent in facts.seconds.items()},
+                "resources": dict(self._resources),
+                "memory_mib": {"driver": process_peak_mib(), "worker": facts.peak_mib},
                 "timeline": self._timeline.until(elapsed, facts.images),
                 "retries": self._again + self._fallen,
                 "batch_fill": None if facts.batch_fill is None else round(facts.batch_fill, 4),

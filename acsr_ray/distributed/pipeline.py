@@ -19,6 +19,7 @@ from acsr_ray.distributed.overseer import start_overseer
 from acsr_ray.distributed.purify_settings import PurifyCorpusSettings
 from acsr_ray.distributed.runtime import (
     StageShares,
+    cluster_size,
     ray_session,
     share_resources,
 )
@@ -71,6 +72,7 @@ class Pipelines:
             self._stop.listen()
             self._overseer = start_overseer(storage.root, settings.connection)
         shares = share_resources(settings.device, settings.ray, len(units))
+        self._tally.resources(*cluster_size(settings.device))
         logger.info("batch size %d, %s", settings.batch_size or BATCH_SIZE[shares.device], shares)
         context = ray.data.DataContext.get_current()
         # The watchdog acts long before; this is for a cluster that gives no actor a place.

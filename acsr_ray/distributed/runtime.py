@@ -98,9 +98,13 @@ def share_resources(device: Device, settings: RaySettings, num_units: int) -> St
         settings: number of actors, if asked for.
         num_units: blocks to come; more actors than that would only start.
     """
+    return divide_resources(*cluster_size(device), settings, num_units)
+
+
+def cluster_size(device: Device) -> tuple[float, float]:
+    """Return the CPUs of the connected cluster, and the GPUs that a job may take there."""
     total = cluster_resources()
-    gpus = total.get("GPU", 0.0) if takes_gpus(device) else 0.0
-    return divide_resources(total.get("CPU", 1.0), gpus, settings, num_units)
+    return total.get("CPU", 1.0), total.get("GPU", 0.0) if takes_gpus(device) else 0.0
 
 
 def divide_resources(cpus: float, gpus: float, settings: RaySettings, num_units: int) -> StageShares:

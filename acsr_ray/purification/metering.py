@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pyarrow as pa
 
 from acsr_ray.columns import HEIGHT, PIXELS, WIDTH
-from acsr_ray.corpus.facts import UnitFacts
+from acsr_ray.corpus.facts import UnitFacts, process_peak_mib
 from acsr_ray.purification.stages import rows_per_call
 
 
@@ -34,7 +34,9 @@ class Meter:
     def read(self) -> UnitFacts:
         """Return the costs since the last reading."""
         seconds = {name: round(value, 6) for name, value in self._seconds.items()}
-        facts = UnitFacts(seconds=seconds, rows_given=self._given, rows_room=self._room)
+        facts = UnitFacts(
+            seconds=seconds, rows_given=self._given, rows_room=self._room, peak_mib=process_peak_mib()
+        )
         self._seconds.clear()
         self._given = self._room = 0
         return facts

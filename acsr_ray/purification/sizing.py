@@ -5,7 +5,6 @@ an image costs depends on how many of its size its unit has: 256 photos of 256 s
 one size 8. `Work` counts that; times are measured per unit of work, not per image.
 """
 
-import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ import pyarrow as pa
 
 from acsr_ray.columns import HEIGHT, QUARANTINED, STATUS, UNIT, WIDTH
 from acsr_ray.corpus.containers import ContainerError
+from acsr_ray.corpus.facts import process_peak_mib
 from acsr_ray.corpus.headers import Size
 from acsr_ray.corpus.images import DecodeLimits, encode_png
 from acsr_ray.corpus.isolated import DEFAULT_DECODER, DecoderSettings
@@ -237,7 +237,7 @@ class SampleTimer:
             unreadable=tuple(unreadable),
         )
         sample = replace(sample, **self._written(done, unit_rows))
-        return replace(sample, memory_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        return replace(sample, memory_mib=process_peak_mib())
 
     def _unit(self, draw: Draw) -> tuple[UnitTiming, pa.Table]:
         began = time.perf_counter()

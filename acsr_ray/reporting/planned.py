@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from acsr_ray.reporting.record import RunRecord
+from acsr_ray.reporting.record import EarlierRuns, RunRecord, with_run
 
 
 @dataclass(frozen=True)
@@ -30,19 +30,36 @@ class Comparison:
 
 
 def compare(record: RunRecord) -> list[Comparison]:
-    """Return rate and seconds beside the plan; nothing where the plan was for another number of images.
+    """Return what came beside the plan; nothing where the plan was for another number of images.
 
-    A plan stays with the output until the next one, and the start of Ray and of the workers decides the rate
-    of a small night: beside the plan of a whole corpus it would always look slow.
+    Runs that were cut short count together with the one that ended their work. A plan stays with the output
+    until the next one, and the start of Ray and of the workers decides the rate of a small night: beside the
+    plan of a whole corpus it would always look slow.
     """
-    if not record.images or not record.elapsed_s or not same_images(record):
+    done = done_of_plan(record)
+    if not record.images or not done.elapsed_s or not same_images(record):
         return []
-    rate = record.images / record.elapsed_s
-    found = [
-        _comparison(record.plan, "images_per_s", rate),
-        _comparison(record.plan, "seconds", record.elapsed_s),
-    ]
+    actual: dict[str, float | None] = {
+        "images_per_s": done.images / done.elapsed_s,
+        "seconds": done.elapsed_s,
+        "cpu_hours": done.cpu_s / 3600 or None,
+        "gpu_hours": done.gpu_s / 3600 or None,
+        "quarantined": float(done.quarantined),
+    }
+    estimate = _mapping((record.plan or {}).get("estimate"))
+    spreads = [(name, estimate.get(name), value) for name, value in actual.items()]
+    memory = _mapping(estimate.get("memory_mib"))
+    spreads += [(f"memory of {_WHO[kind]}", memory.get(kind), done.memory_mib.get(kind)) for kind in _WHO]
+    found = [_comparison(*spread) for spread in spreads]
     return [comparison for comparison in found if comparison is not None]
+
+
+_WHO = {"driver": "the driver", "worker": "a worker"}
+
+
+def done_of_plan(record: RunRecord) -> EarlierRuns:
+    """Return the sums over a run and those that it goes on from."""
+    return with_run(record.earlier, record)
 
 
 def planned_images(plan: Mapping[str, Any] | None) -> int | None:
@@ -52,15 +69,17 @@ def planned_images(plan: Mapping[str, Any] | None) -> int | None:
 
 
 def same_images(record: RunRecord) -> bool:
-    """Return whether the run did as many images as the plan was for, to within one in a hundred."""
-    planned, done = planned_images(record.plan), record.images
+    """Return whether as many images were done as the plan was for, to within one in a hundred."""
+    planned, done = planned_images(record.plan), record.images and done_of_plan(record).images
     return planned is not None and done is not None and abs(planned - done) <= max(1, planned // 100)
 
 
-def _comparison(plan: Mapping[str, Any] | None, quantity: str, actual: float) -> Comparison | None:
-    estimate = (plan or {}).get("estimate")
-    spread = estimate.get(quantity) if isinstance(estimate, dict) else None
-    if not isinstance(spread, dict):
+def _mapping(value: Any) -> Mapping[str, Any]:  # noqa: ANN401  (whatever a file has there)
+    return value if isinstance(value, dict) else {}
+
+
+def _comparison(quantity: str, spread: Any, actual: float | None) -> Comparison | None:  # noqa: ANN401
+    if not isinstance(spread, dict) or actual is None:
         return None
     values = [spread.get(key) for key in ("low", "mean", "high")]
     if not all(isinstance(value, int | float) and math.isfinite(value) and value >= 0 for value in values):

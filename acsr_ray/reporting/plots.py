@@ -63,6 +63,16 @@ def _stages(record: RunRecord) -> Markup:
     return bars("Seconds per stage", rows, sentence)
 
 
+QUANTITIES = {
+    "seconds": ("Time", ""),
+    "images_per_s": ("Images per second", " images per second"),
+    "cpu_hours": ("CPU-hours", " hours of CPUs"),
+    "gpu_hours": ("GPU-hours", " hours of GPUs"),
+    "quarantined": ("Quarantined", " images in quarantine"),
+}
+"""Title and unit of what a plan estimates; memory, in MiB, has its own names."""
+
+
 def planned(record: RunRecord) -> Markup:
     """Return the plan's estimates beside what came."""
     comparisons = compare(record)
@@ -74,17 +84,20 @@ def planned(record: RunRecord) -> Markup:
         return element("p", "There is a plan, but nothing of it that could be compared with this run.")
     charts = []
     for one in comparisons:
-        seconds = one.quantity == "seconds"
-        shown = duration if seconds else number
-        unit = "" if seconds else " images per second"
+        title, unit = QUANTITIES.get(one.quantity, (one.quantity.capitalize(), " MiB"))
+        shown = duration if one.quantity == "seconds" else number
         sentence = (
             f"Planned {shown(one.mean)}{unit}, between {shown(one.low)} and {shown(one.high)}; it was "
             f"{shown(one.actual)}: {number(one.ratio)} times the plan, "
             f"{'inside' if one.is_inside else 'outside'} the range."
         )
-        title = "Time" if seconds else "Images per second"
         charts.append(estimate(title, one.low, one.mean, one.high, one.actual, shown, sentence))
-    return element("div", *charts, class_="charts")
+    grid = element("div", *charts, class_="charts")
+    earlier = record.earlier.runs
+    if not earlier:
+        return grid
+    words = f"{counted(earlier, 'run')} of this plan came to no end before: what they did is in the sums."
+    return joined(element("p", words), grid)
 
 
 def measures(contents: Contents) -> Markup:

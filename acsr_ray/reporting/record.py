@@ -22,11 +22,14 @@ from pydantic import (
     model_validator,
 )
 
+from acsr_ray.columns import QUARANTINED
 from acsr_ray.config import AcsrError, did_you_mean
 from acsr_ray.corpus.snapshot import Snapshot, total
 from acsr_ray.storage import Storage
 
 RUNS = "_acsr/runs"
+MOST_EARLIER = 50
+"""Runs that are looked at for what one goes on from."""
 RECORD = "record.json"
 NAMED = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,127}")
 THIS_RUN = re.compile(r"(\d+) images in (\d+) units")
@@ -89,6 +92,26 @@ class Bins(Tolerant):
         return math.nan
 
 
+class Resources(Tolerant):
+    """What the cluster had; nothing where a record does not tell."""
+
+    cpus: float = 0.0
+    gpus: float = 0.0
+
+
+class EarlierRuns(Tolerant):
+    """Sums over runs that were cut short and that a run goes on from, all of one plan."""
+
+    runs: int = 0
+    images: int = 0
+    elapsed_s: float = 0.0
+    cpu_s: float = 0.0
+    gpu_s: float = 0.0
+    quarantined: int = 0
+    memory_mib: dict[str, float] = Field(default_factory=dict)
+    """Largest of each kind."""
+
+
 class CorpusTotals(Tolerant):
     """What the whole output holds after the run."""
 
@@ -142,6 +165,9 @@ class RunRecord(Tolerant):
     residual: Bins = Bins()
     distance: Bins = Bins()
     stage_seconds: dict[str, float] = Field(default_factory=dict)
+    resources: Resources = Resources()
+    memory_mib: dict[str, float] = Field(default_factory=dict)
+    """Most memory of the `driver`, and of a `worker`."""
     timeline: Annotated[tuple[tuple[float, float], ...], AfterValidator(_ascending)] = ()
     """(seconds since the start, images so far)."""
     retries: int | None = None
@@ -156,6 +182,8 @@ class RunRecord(Tolerant):
     """Some units of this run, where the record names them."""
     corpus: CorpusTotals | None = None
     plan: Annotated[dict[str, Any] | None, Shareable] = None
+    earlier: EarlierRuns = EarlierRuns()
+    """What runs of the same plan did before this one."""
     unreadable: dict[str, str] = Field(default_factory=dict)
     """Fields of the file that could not be read, and why."""
     origin: str = ""
@@ -208,7 +236,38 @@ def load_record(storage: Storage, snapshot: Snapshot, run: str | None = None) ->
     fields = {**_content(storage, runs[name]), "run": name}
     if not runs[name].endswith(f"/{RECORD}"):
         fields = _from_summary(fields)
-    return read_record({**fields, "origin": runs[name]}, storage, snapshot)
+    before = [runs[one] for one in reversed(runs) if one < name]
+    record = read_record({**fields, "origin": runs[name]}, storage, snapshot)
+    return record.model_copy(update={"earlier": _earlier(storage, record.plan, before)})
+
+
+def _earlier(storage: Storage, plan: Mapping[str, Any] | None, files: list[str]) -> EarlierRuns:
+    """Sum up the runs just before a run that had its plan and came to no end, the last one first."""
+    found = EarlierRuns()
+    for file in files[:MOST_EARLIER] if plan and plan.get("planned_at") else ():
+        record = read_fields(_content(storage, file))
+        same = record.plan is not None and record.plan.get("planned_at") == (plan or {})["planned_at"]
+        if not same or record.outcome == "done":
+            break
+        found = with_run(found, record)
+    return found
+
+
+def with_run(before: EarlierRuns, record: RunRecord) -> EarlierRuns:
+    """Return the sums with one run more."""
+    elapsed = record.elapsed_s or 0.0
+    kinds = before.memory_mib.keys() | record.memory_mib.keys()
+    return EarlierRuns(
+        runs=before.runs + 1,
+        images=before.images + (record.images or 0),
+        elapsed_s=before.elapsed_s + elapsed,
+        cpu_s=before.cpu_s + elapsed * record.resources.cpus,
+        gpu_s=before.gpu_s + elapsed * record.resources.gpus,
+        quarantined=before.quarantined + record.statuses.get(QUARANTINED, 0),
+        memory_mib={
+            kind: max(before.memory_mib.get(kind, 0.0), record.memory_mib.get(kind, 0.0)) for kind in kinds
+        },
+    )
 
 
 def read_record(fields: Mapping[str, Any], storage: Storage, snapshot: Snapshot) -> RunRecord:
@@ -219,10 +278,15 @@ def read_record(fields: Mapping[str, Any], storage: Storage, snapshot: Snapshot)
         storage: of the output.
         snapshot: the current one.
     """
-    known = {name: fields[name] for name in RunRecord.model_fields if fields.get(name) is not None}
     sums = total(snapshot.receipts())
     output = {"images": sums["rows"], "statuses": sums["statuses"], "quarantined": sums["quarantined"]}
-    known = {"corpus": output, "output": storage.root, **known}
+    there = {name: value for name, value in fields.items() if value is not None}
+    return read_fields({"corpus": output, "output": storage.root, **there})
+
+
+def read_fields(fields: Mapping[str, Any]) -> RunRecord:
+    """Return a record of what can be used of its fields."""
+    known = {name: fields[name] for name in RunRecord.model_fields if fields.get(name) is not None}
     unreadable: dict[str, str] = {}
     while True:
         try:

@@ -19,6 +19,8 @@ from acsr_ray.corpus.run_record import (
 
 ABOUT = RunAbout("20260101T000000Z-000001", "2026-01-01T00:00:00Z", "in", "out", "tiny", {"limit": None})
 KEYS = {
+    "memory_mib",
+    "resources",
     "schema_version",
     "run",
     "started_at",
