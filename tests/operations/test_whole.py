@@ -31,11 +31,15 @@ def draw(number, fmt):
     return buffer.getvalue()
 
 
-def write(path, numbers):
-    """Write a shard in which every fifth image is a GIF."""
+def image_rows(numbers):
+    """Return rows in which every fifth image is a GIF."""
     cells = [{"bytes": draw(n, "GIF" if n % 5 == 0 else "PNG"), "path": f"{n}"} for n in numbers]
+    return pa.table({"key": list(numbers), "image": pa.array(cells, IMAGE_TYPE)})
+
+
+def write(path, numbers):
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table({"key": list(numbers), "image": pa.array(cells, IMAGE_TYPE)}), path)
+    pq.write_table(image_rows(numbers), path)
 
 
 def rows_of(output):
@@ -88,6 +92,44 @@ def test_nights_and_a_retry(tmp_path, tiny_bundle, ray_local):
     found = output_status(StatusSettings(output=output))
     assert (found["images"], found["quarantined"], found["unfinished"]) == (28, {}, {})
     assert look(Ledger(output).storage).released
+
+
+def shard_bytes(numbers):
+    buffer = io.BytesIO()
+    pq.write_table(image_rows(numbers), buffer)
+    return buffer.getvalue()
+
+
+def test_three_nights_in_a_store(bucket, tiny_bundle, ray_local):
+    """From S3 to S3: all, then what is new, changed and gone, then nothing; then damage that is found."""
+    for shard in range(3):
+        bucket.put(f"in/part-{shard}.parquet", shard_bytes(range(8 * shard, 8 * shard + 8)))
+    where = {"input": "s3://corpus/in", "output": "s3://corpus/out"}
+    night = RepurifyNightlySettings.model_validate({**where, "bundle": str(tiny_bundle), "unit_rows": 4})
+    told = [repurify_nightly(night)]
+    bucket.put("in/part-3.parquet", shard_bytes(range(24, 28)))
+    bucket.put("in/part-0.parquet", shard_bytes(range(100, 108)))
+    bucket.remove("in/part-2.parquet")
+    told += [repurify_nightly(night), repurify_nightly(night)]
+    names = ("outcome", "new", "changed", "removed", "images", "quarantined")
+    assert [tuple(one[name] for name in names) for one in told] == [
+        ("done", 3, 0, 0, 24, 5),
+        ("done", 1, 1, 1, 12, 3),
+        ("done", 0, 0, 0, 0, 0),
+    ]
+    expected = [*range(8, 16), *range(24, 28), *range(100, 108)]
+    listed = bucket.keys("out/data/")
+    rows = [row for key in listed for row in pq.read_table(io.BytesIO(bucket.get(key))).to_pylist()]
+    assert sorted(row["key"] for row in rows) == expected
+    assert all((row["image"] is None) == (row["key"] % 5 == 0) for row in rows)
+    assert verify_output(VerifySettings.model_validate(where))["clean"]
+
+    bucket.put("out/data/part-9.rows-0000000-0000003.deadbeef.parquet", bucket.get(listed[0]))
+    damaged = bytearray(bucket.get(listed[1]))
+    damaged[len(damaged) // 2] ^= 1
+    bucket.put(listed[1], bytes(damaged))
+    problems = verify_output(VerifySettings.model_validate(where))["problems"]
+    assert {problem["kind"] for problem in problems} == {"orphan", "damaged"}
 
 
 def test_the_cluster_is_looked_at(ray_local):
