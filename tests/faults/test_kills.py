@@ -266,10 +266,11 @@ def test_a_second_run_on_the_same_output_is_refused_and_a_dead_one_followed(
 ):
     """Row 8."""
     output = tmp_path / "out"
-    first = start_purify(corpus, output, faults={"slow": {"PurifyImages": 0.3}})
+    # So slow that it is still at work when the second has started, on a busy machine too.
+    first = start_purify(corpus, output, faults={"slow": {"PurifyImages": 5}})
     first.until(lambda: len(published(output)) >= 2)
     second = start_purify(corpus, output)
-    assert second.wait() == 2
+    assert second.wait() == 2, second.told()
     assert f"being written by process {first.process.pid}" in second.told()
     first.process.kill()
     began = time.monotonic()
