@@ -16,7 +16,7 @@ from ray.dashboard.modules.job.pydantic_models import JobDetails
 
 from acsr_ray.cli import run_job
 from acsr_ray.config import ConfigError, FailedError, ResumableStop, parse_job
-from acsr_ray.distributed import following, submit, upload
+from acsr_ray.distributed import following, joining, submit, upload
 from acsr_ray.distributed.dashboard import DEFAULT_ADDRESS, SubmitError, find_address, open_dashboard
 from acsr_ray.distributed.following import Asked, JobInterruptedError, asked_to_stop, conclusion, follow
 from acsr_ray.distributed.joining import UnsafeEnvironmentError
@@ -127,11 +127,22 @@ def test_an_address(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
     assert find_address(None) == DEFAULT_ADDRESS
-    monkeypatch.setenv("RAY_ADDRESS", "head:8265")
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
     assert find_address(None) == "http://head:8265"
+    assert find_address("other:8265") == "http://other:8265"
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "https://ray.example.com/")
     assert find_address(None) == "https://ray.example.com"
     assert find_address("http://other:1") == "http://other:1"
+
+
+@pytest.mark.parametrize("head", ["127.0.0.1:9", "127.0.0.1:99999", "no port"])
+def test_a_head_that_does_not_answer(monkeypatch, head):
+    """KubeRay's RAY_ADDRESS is the head's own port, which is asked for the dashboard."""
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    monkeypatch.setattr(joining, "CONNECT_SECONDS", 0.2)
+    monkeypatch.setenv("RAY_ADDRESS", head)
+    with pytest.raises(SubmitError, match=f"RAY_ADDRESS={head} .*http://HOST:8265"):
+        find_address(None)
 
 
 @pytest.mark.parametrize("address", ["ray://head:10001", "file:///etc/passwd", "http://", "auto://"])
