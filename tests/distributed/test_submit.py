@@ -234,6 +234,17 @@ def test_what_follows_two_dashes_is_the_jobs(monkeypatch):
         parse_job(SubmitSettings, "submit", ["--input", "a"])
 
 
+def test_a_settings_file_is_the_jobs(tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text("purify_corpus: {input: a, output: b}\n")
+    with pytest.raises(SystemExit) as stop:
+        parse_job(SubmitSettings, "submit", ["--config", str(path)])
+    assert stop.value.code == 2
+    assert "put --config after `--`" in capsys.readouterr().err
+    passed_on = parse_job(SubmitSettings, "submit", ["--", "--config", str(path)]).arguments
+    assert passed_on == ("--config", str(path))
+
+
 def test_other_jobs_pass_nothing_on(capsys):
     with pytest.raises(SystemExit) as stop:
         parse_job(PurifyCorpusSettings, "purify_corpus", ["--input", "a", "--", "--output", "b"])
