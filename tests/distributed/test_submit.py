@@ -507,6 +507,35 @@ def test_an_upload_that_is_too_large_names_the_largest_files(clone, monkeypatch,
     assert check_upload(clone, ["large.bin"]).files[0] == (100, "code/ä.py")
 
 
+def test_modules_are_measured_as_ray_sends_them(clone, tmp_path):
+    for number, excludes in enumerate(([], ["large.bin"])):
+        package = tmp_path / f"{number}.zip"
+        create_package(
+            str(clone), package, include_gitignore=True, include_parent_dir=True, excludes=excludes
+        )
+        assert measure_upload(clone, excludes, is_module=True).package_bytes == package.stat().st_size
+
+
+@pytest.mark.parametrize("name", ["clone", "clone/code/ä.py", "x-1.0-py3-none-any.whl"])
+def test_a_module_that_is_too_large(clone, tmp_path, monkeypatch, cluster, name):
+    (tmp_path / "x-1.0-py3-none-any.whl").write_bytes(b"x" * 100)
+    path = tmp_path / "env.yaml"
+    path.write_text(f"py_modules: ['s3://bucket/code.zip', '{tmp_path}/{name}']\n")
+    assert job_environment(path, None, (), 40)["py_modules"][1] == f"{tmp_path}/{name}"
+    monkeypatch.setattr(upload, "GCS_STORAGE_MAX_SIZE", 150)
+    with pytest.raises(SubmitError, match=f"py_modules: .*{name} has .* and Ray takes"):
+        submit.submit(settings(cluster, runtime_env=path))
+    assert cluster.posts == []
+
+
+def test_what_is_no_module(tmp_path):
+    path = tmp_path / "env.yaml"
+    (tmp_path / "x.txt").write_text("x")
+    path.write_text(f"py_modules: ['{tmp_path}/x.txt']\n")
+    with pytest.raises(SubmitError, match="txt is neither a directory nor"):
+        job_environment(path, None, (), 40)
+
+
 def test_a_clone_of_this_repository_can_be_sent():
     root = upload.Path(__file__).parents[2]
     assert check_upload(root, []).package_bytes < 2**20 * 50
