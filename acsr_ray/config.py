@@ -142,7 +142,7 @@ def parse_job(
         job: the job's settings model; its docstring is the description shown by `--help`.
         section: name of the job's section in the settings file, unless the model names others.
         args: command line without the program name; `sys.argv[1:]` when omitted. What follows a lone `--`
-            becomes the field `arguments` as it is.
+            becomes the field `arguments` as it is, and a settings file belongs there too.
         prog: what the program is called in its help; `SECTION.py` when omitted.
     """
     given, passed_on = _split(sys.argv[1:] if args is None else args)
@@ -151,6 +151,10 @@ def parse_job(
             raise ConfigError(f"{section} passes nothing on; leave `-- {' '.join(passed_on)}` away")
         _check_flags(job, given)
         path = _config_path(given)
+        if path and "arguments" in job.model_fields:
+            raise ConfigError(
+                f"{section} reads no settings file; put --config after `--`, where it is the job's"
+            )
         told = [flag for name in job.sections or (section,) for flag in _flags_from(path, job, name)]
         told += given
         if not {"--help", "-h"} & set(given):

@@ -4,12 +4,13 @@ import json
 import logging
 import sys
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 import pytest
 
 from acsr_ray import cli
-from acsr_ray.config import JOBS, FailedError, JobSettings, ResumableStop
+from acsr_ray.config import JOBS, FailedError, JobSettings, ResumableStop, parse_job
 
 
 class EchoSettings(JobSettings):
@@ -77,6 +78,15 @@ def names():
 def test_verbs_are_in_the_order_of_the_work():
     order = ["plan", "purify", "status", "retry", "verify", "report", "doctor", "submit"]
     assert [verb for verb in order if verb in cli.VERBS] == list(cli.VERBS)
+
+
+@pytest.mark.parametrize("verb", ["plan", "purify", "status", "retry", "verify", "report", "doctor"])
+def test_verbs_read_the_section_of_the_purification(tmp_path, verb):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"purify_corpus: {{output: '{tmp_path}/out'}}\n")
+    module, settings, _ = cli.ENTRY_POINTS[verb]
+    parsed = parse_job(getattr(import_module(module), settings), verb, ["--config", str(path)])
+    assert parsed.output == f"{tmp_path}/out"
 
 
 def test_people_see_a_summary(run):

@@ -20,8 +20,8 @@ SET_UP = "python3 -m venv .venv && "
 """The two one-line commands make an environment and take minutes; CI's own run is the second of them."""
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+def blocks(language: str, text: str = TEXT) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
 RUNNABLE = [text for text in blocks("bash") if not text.startswith((NOT_RUN, SET_UP))]
@@ -39,6 +39,14 @@ def test_every_block_is_run_or_says_why_not():
     assert len(RUNNABLE) >= 5
     # The first screen has both commands.
     assert "\n".join(TEXT.splitlines()[:24]).count(SET_UP) == 2
+
+
+def test_every_block_of_the_other_page_says_why_it_is_not_run():
+    found = blocks("bash", (ROOT / "jobs/deploy/README.md").read_text())
+    assert found
+    for text in found:
+        assert text.startswith(NOT_RUN)
+        assert len(text.split("\n")[0]) > len(NOT_RUN) + 5
 
 
 @pytest.mark.ray

@@ -19,11 +19,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import ray
-from ray.exceptions import AuthenticationError
+
+# Ray has no public call for it.
+from ray.dashboard.utils import ray_address_to_api_server_url
+from ray.exceptions import AuthenticationError, RayError
 from ray.job_submission import JobSubmissionClient
 
 from acsr_ray.config import AcsrError
-from acsr_ray.distributed.joining import TOKEN_HELP, check_environment
+from acsr_ray.distributed.joining import TOKEN_HELP, check_environment, check_listening
 
 logger = logging.getLogger(__name__)
 
@@ -78,10 +81,19 @@ class Dashboard:
 def find_address(given: str | None) -> str:
     """Return the dashboard's address: as given, else from Ray's variables, else on this machine.
 
+    A bare HOST:PORT is a dashboard's where it is given. In Ray's variables it is what Ray takes it for, the
+    head's own port, which knows where the dashboard is: KubeRay sets RAY_ADDRESS so in every container.
+
     Raises:
-        SubmitError: it is no `http(s)://HOST:PORT`.
+        SubmitError: it is no `http(s)://HOST:PORT`, or no head answers that knows a dashboard.
     """
-    found = given or next(filter(None, map(os.environ.get, ADDRESS_VARIABLES)), None) or DEFAULT_ADDRESS
+    variable = next((name for name in ADDRESS_VARIABLES if os.environ.get(name)), None)
+    if given or variable is None:
+        found = given or DEFAULT_ADDRESS
+    else:
+        found = os.environ[variable]
+        if "://" not in found:
+            found = _dashboard_of(found, variable)
     address = (found if "://" in found else f"http://{found}").rstrip("/")
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -92,6 +104,21 @@ def find_address(given: str | None) -> str:
     if parts.username or parts.password:
         raise SubmitError(f"--address holds credentials; {TOKEN_HELP}")
     return address
+
+
+def _dashboard_of(head: str, variable: str) -> str:
+    """Return the address of the dashboard that a head at HOST:PORT, or `auto`, knows of."""
+    help_text = (
+        f"{variable}={head} is a head's own port; RAY_API_SERVER_ADDRESS or --address is http://HOST:8265"
+    )
+    try:
+        check_listening(head)
+        return ray_address_to_api_server_url(head)
+    except AuthenticationError:
+        # Ray's own text may name files.
+        raise SubmitError(f"the head at {head} does not accept the token: {TOKEN_HELP}") from None
+    except (AcsrError, RayError, OSError, ValueError, RuntimeError) as error:
+        raise SubmitError(f"no head tells where its dashboard is: {error}; {help_text}") from None
 
 
 def open_dashboard(address: str) -> Dashboard:

@@ -75,7 +75,7 @@ def join_cluster(address: str) -> None:
     Raises:
         ResourceError: no such cluster, it does not answer, or it does not accept the token.
     """
-    _check_listening(address)
+    check_listening(address)
     try:
         ray.init(address, log_to_driver=False)
     except AuthenticationError:
@@ -93,8 +93,15 @@ def join_cluster(address: str) -> None:
         ) from error
 
 
-def _check_listening(address: str) -> None:
-    """Refuse an address where nothing listens; one without host and port is left to Ray."""
+def check_listening(address: str) -> None:
+    """Refuse an address where nothing listens; one without host and port is left to Ray.
+
+    Args:
+        address: as for `join_cluster`.
+
+    Raises:
+        ResourceError: nothing answers there within `CONNECT_SECONDS`.
+    """
     match = re.fullmatch(r"(?:ray://)?\[?([^\[\]/]+?)\]?:(\d+)", address)
     if match is None:
         return

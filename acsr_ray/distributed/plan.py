@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from pydantic import Field
 
@@ -66,8 +66,6 @@ class PlanSettings(PurifyCorpusSettings):
     Takes the settings of purify_corpus. Reads footers, and the units that a small sample lies in; writes
     nothing but OUTPUT/_acsr/plan.json.
     """
-
-    sections: ClassVar[tuple[str, ...]] = ("purify_corpus",)
 
     sample: int = Field(256, ge=1)
     """Images that are purified to see how long it takes."""

@@ -1,6 +1,6 @@
 """Settings of a purification, and what of them decides the output."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -32,6 +32,9 @@ class PurifyCorpusSettings(StoreSettings):
 
     A rerun with the same settings skips what is finished. --demo needs nothing and shows all stages.
     """
+
+    # `acsr-ray purify` reads it too.
+    sections: ClassVar[tuple[str, ...]] = ("purify_corpus",)
 
     input: str | None = None
     """Parquet file or WebDataset tar, folder of either, or folder of images; path or URI (file, s3, gs, hf

@@ -35,7 +35,8 @@ class SubmitSettings(JobSettings):
     job: str = "purify_corpus"
     """Which job; its options follow a lone `--`."""
     address: str | None = None
-    """The dashboard, http://HOST:8265; default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, then this machine."""
+    """The dashboard, http://HOST:8265; default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS (a bare HOST:PORT is the
+    head's own, which tells its dashboard), then this machine."""
     arguments: tuple[str, ...] = ()
     """Options of the job; on the command line they stand after a lone `--`."""
     working_dir: str | None = None

@@ -27,7 +27,7 @@ REFERENCE = re.compile(r"(?i)_(PATH|FILE|DIR|URI|URL)$")
 
 @dataclass(frozen=True)
 class Upload:
-    """The files of a working directory that go to the cluster."""
+    """The files of a working directory or a module that go to the cluster."""
 
     files: tuple[tuple[int, str], ...]
     """Bytes and path of each, largest first."""
@@ -38,46 +38,64 @@ class Upload:
         return 22 + sum(size + 76 + 2 * len(path.encode()) for size, path in self.files)
 
 
-def measure_upload(directory: Path, excludes: list[str]) -> Upload:
+def measure_upload(directory: Path, excludes: list[str], *, is_module: bool = False) -> Upload:
     """Return what Ray would send of a directory, by its rules: .gitignore, .rayignore, excludes.
 
     Args:
-        directory: the working directory.
+        directory: the working directory, or a package of `py_modules`.
         excludes: further patterns, in the language of .gitignore.
+        is_module: paths begin with the directory's own name, and Ray's default patterns do not count.
     """
     root = directory.absolute()
     found: list[tuple[int, str]] = []
 
     def add(path: Path) -> None:
         if path.is_file():
-            found.append((path.stat().st_size, str(path.relative_to(root))))
+            found.append((path.stat().st_size, str(path.relative_to(root.parent if is_module else root))))
 
-    patterns = [*ray_constants.get_runtime_env_default_excludes(), *excludes]
+    defaults = [] if is_module else ray_constants.get_runtime_env_default_excludes()
     heeds_gitignore = os.environ.get(ray_constants.RAY_RUNTIME_ENV_IGNORE_GITIGNORE, "0") != "1"
     quiet = logging.getLogger(f"{__name__}.travel")
     quiet.setLevel(logging.ERROR)
-    _dir_travel(root, [_get_excludes(root, patterns)], add, include_gitignore=heeds_gitignore, logger=quiet)
+    ignored = [_get_excludes(root, [*defaults, *excludes])]
+    _dir_travel(root, ignored, add, include_gitignore=heeds_gitignore, logger=quiet)
     return Upload(tuple(sorted(found, reverse=True)))
 
 
 def check_upload(directory: Path, excludes: list[str]) -> Upload:
-    """Return what would be sent.
+    """Return what would be sent of a working directory.
 
     Raises:
         SubmitError: there is no such directory, or it is larger than Ray takes.
     """
     if not directory.is_dir():
         raise SubmitError(f"--working-dir {directory} is no directory")
-    upload = measure_upload(directory, excludes)
+    return _sized(measure_upload(directory, excludes), f"--working-dir {directory}")
+
+
+def check_module(path: Path, excludes: list[str]) -> Upload:
+    """Return what would be sent of an entry of `py_modules`, each a package of its own.
+
+    Raises:
+        SubmitError: it is no directory, `.py` file or `.whl` file, or it is larger than Ray takes.
+    """
+    name = f"py_modules: {path}"
+    if path.is_dir():
+        return _sized(measure_upload(path, excludes, is_module=True), name)
+    if not path.is_file() or path.suffix not in (".py", ".whl"):
+        raise SubmitError(f"{name} is neither a directory nor a .py or .whl file")
+    return _sized(Upload(((path.stat().st_size, path.name),)), name)
+
+
+def _sized(upload: Upload, name: str) -> Upload:
     size, limit = upload.package_bytes / 2**20, GCS_STORAGE_MAX_SIZE / 2**20
     largest = ", ".join(f"{path} ({count / 2**20:.1f} MiB)" for count, path in upload.files[:SHOWN_FILES])
     if upload.package_bytes >= GCS_STORAGE_MAX_SIZE:
         raise SubmitError(
-            f"--working-dir {directory} has {size:.1f} MiB, and Ray takes {limit:.0f}; largest: {largest}. "
-            "Leave files out by .gitignore, .rayignore or --exclude, or install the package in the cluster's "
-            "image and leave --working-dir away"
+            f"{name} has {size:.1f} MiB, and Ray takes {limit:.0f}; largest: {largest}. Leave files out by "
+            ".gitignore, .rayignore or --exclude, or install the package in the cluster's image instead"
         )
-    logger.info("uploading %d files, %.1f MiB of at most %.0f", len(upload.files), size, limit)
+    logger.info("%s: %d files, %.1f MiB of at most %.0f", name, len(upload.files), size, limit)
     if upload.package_bytes >= GCS_STORAGE_MAX_SIZE / 2:
         logger.warning("that is more than half of what Ray takes; largest: %s", largest)
     return upload
@@ -89,13 +107,14 @@ def job_environment(
     """Return the job's runtime environment.
 
     Args:
-        path: YAML file with a runtime environment to start from.
+        path: YAML file with a runtime environment to start from; what its `py_modules` send is measured too.
         working_dir: directory to send, or URI of an archive; its size is checked.
         excludes: patterns of files in it that stay here.
         stop_wait_s: seconds between SIGTERM and SIGKILL when the job is stopped.
 
     Raises:
-        SubmitError: the file or the directory cannot be used, or a variable's name says that it is secret.
+        SubmitError: the file, the directory or a module cannot be used, or a variable's name says that it is
+            secret.
     """
     environment = _read(path) if path else {}
     variables: dict[str, str] = environment.get("env_vars") or {}
@@ -110,9 +129,13 @@ def job_environment(
         environment["working_dir"] = working_dir
     if excludes:
         environment["excludes"] = [*(environment.get("excludes") or []), *excludes]
+    left_out = environment.get("excludes") or []
     sent = environment.get("working_dir")
     if sent and "://" not in str(sent):
-        check_upload(Path(sent), environment.get("excludes") or [])
+        check_upload(Path(sent), left_out)
+    for module in environment.get("py_modules") or []:
+        if "://" not in str(module):
+            check_module(Path(module), left_out)
     return environment
 
 

@@ -1,7 +1,7 @@
 """Do again the units of an output that failed, or hold rows quarantined for reasons that may be gone now."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from acsr_ray.config import ConfigError
 from acsr_ray.corpus.retry_request import RetryRequest
@@ -19,8 +19,6 @@ class RetrySettings(PurifyCorpusSettings):
     no pixel (--decoder.*, --batch-size, --ray.*) may differ. Any other that differs is refused. What is new,
     changed or gone in the input is left to purify. A retry that was stopped goes on by the same command.
     """
-
-    sections: ClassVar[tuple[str, ...]] = ("purify_corpus",)
 
     reason: tuple[str, ...] = ()
     """Only units with rows quarantined for these (decode_error decoder_timeout ...). None: failed units, and

@@ -16,7 +16,7 @@ from ray.dashboard.modules.job.pydantic_models import JobDetails
 
 from acsr_ray.cli import run_job
 from acsr_ray.config import ConfigError, FailedError, ResumableStop, parse_job
-from acsr_ray.distributed import following, submit, upload
+from acsr_ray.distributed import following, joining, submit, upload
 from acsr_ray.distributed.dashboard import DEFAULT_ADDRESS, SubmitError, find_address, open_dashboard
 from acsr_ray.distributed.following import Asked, JobInterruptedError, asked_to_stop, conclusion, follow
 from acsr_ray.distributed.joining import UnsafeEnvironmentError
@@ -127,11 +127,22 @@ def test_an_address(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
     assert find_address(None) == DEFAULT_ADDRESS
-    monkeypatch.setenv("RAY_ADDRESS", "head:8265")
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
     assert find_address(None) == "http://head:8265"
+    assert find_address("other:8265") == "http://other:8265"
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "https://ray.example.com/")
     assert find_address(None) == "https://ray.example.com"
     assert find_address("http://other:1") == "http://other:1"
+
+
+@pytest.mark.parametrize("head", ["127.0.0.1:9", "127.0.0.1:99999", "no port"])
+def test_a_head_that_does_not_answer(monkeypatch, head):
+    """KubeRay's RAY_ADDRESS is the head's own port, which is asked for the dashboard."""
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    monkeypatch.setattr(joining, "CONNECT_SECONDS", 0.2)
+    monkeypatch.setenv("RAY_ADDRESS", head)
+    with pytest.raises(SubmitError, match=f"RAY_ADDRESS={head} .*http://HOST:8265"):
+        find_address(None)
 
 
 @pytest.mark.parametrize("address", ["ray://head:10001", "file:///etc/passwd", "http://", "auto://"])
@@ -221,6 +232,17 @@ def test_what_follows_two_dashes_is_the_jobs(monkeypatch):
     assert parse_job(SubmitSettings, "submit", []).arguments == ()
     with pytest.raises(SystemExit):
         parse_job(SubmitSettings, "submit", ["--input", "a"])
+
+
+def test_a_settings_file_is_the_jobs(tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text("purify_corpus: {input: a, output: b}\n")
+    with pytest.raises(SystemExit) as stop:
+        parse_job(SubmitSettings, "submit", ["--config", str(path)])
+    assert stop.value.code == 2
+    assert "put --config after `--`" in capsys.readouterr().err
+    passed_on = parse_job(SubmitSettings, "submit", ["--", "--config", str(path)]).arguments
+    assert passed_on == ("--config", str(path))
 
 
 def test_other_jobs_pass_nothing_on(capsys):
@@ -483,6 +505,35 @@ def test_an_upload_that_is_too_large_names_the_largest_files(clone, monkeypatch,
         submit.submit(settings(cluster, working_dir=str(clone)))
     assert cluster.posts == []
     assert check_upload(clone, ["large.bin"]).files[0] == (100, "code/ä.py")
+
+
+def test_modules_are_measured_as_ray_sends_them(clone, tmp_path):
+    for number, excludes in enumerate(([], ["large.bin"])):
+        package = tmp_path / f"{number}.zip"
+        create_package(
+            str(clone), package, include_gitignore=True, include_parent_dir=True, excludes=excludes
+        )
+        assert measure_upload(clone, excludes, is_module=True).package_bytes == package.stat().st_size
+
+
+@pytest.mark.parametrize("name", ["clone", "clone/code/ä.py", "x-1.0-py3-none-any.whl"])
+def test_a_module_that_is_too_large(clone, tmp_path, monkeypatch, cluster, name):
+    (tmp_path / "x-1.0-py3-none-any.whl").write_bytes(b"x" * 100)
+    path = tmp_path / "env.yaml"
+    path.write_text(f"py_modules: ['s3://bucket/code.zip', '{tmp_path}/{name}']\n")
+    assert job_environment(path, None, (), 40)["py_modules"][1] == f"{tmp_path}/{name}"
+    monkeypatch.setattr(upload, "GCS_STORAGE_MAX_SIZE", 150)
+    with pytest.raises(SubmitError, match=f"py_modules: .*{name} has .* and Ray takes"):
+        submit.submit(settings(cluster, runtime_env=path))
+    assert cluster.posts == []
+
+
+def test_what_is_no_module(tmp_path):
+    path = tmp_path / "env.yaml"
+    (tmp_path / "x.txt").write_text("x")
+    path.write_text(f"py_modules: ['{tmp_path}/x.txt']\n")
+    with pytest.raises(SubmitError, match="txt is neither a directory nor"):
+        job_environment(path, None, (), 40)
 
 
 def test_a_clone_of_this_repository_can_be_sent():

@@ -49,6 +49,8 @@ class Head:
     """A head with a dashboard."""
 
     address: str
+    own_address: str
+    """HOST:PORT of the head itself, as KubeRay puts it into RAY_ADDRESS."""
     folder: Path
     environment: dict[str, str]
     """Of who is let in."""
@@ -121,7 +123,9 @@ def start_head(mode: str, log: Path) -> Iterator[Head]:
     environment = free_environment() | {"HOME": str(log.parent)}
     if mode == "token":
         environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+    # All of them, or a head beside this one takes a port, and Ray ends with the process that wanted it.
     names = ("port", "dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port")
+    names += ("ray-client-server-port",)
     ports = dict(zip(names, free_ports(len(names)), strict=True))
     # Ray puts sockets there, whose paths may have 107 bytes.
     folder = Path(tempfile.mkdtemp(prefix="acsr-"))
@@ -142,7 +146,7 @@ def start_head(mode: str, log: Path) -> Iterator[Head]:
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < ends, log.read_text()
             time.sleep(0.2)
-        yield Head(address, folder, environment)
+        yield Head(address, f"127.0.0.1:{ports['port']}", folder, environment)
     finally:
         # The group that it leads; asked to end, Ray waits for its children for longer than a test should.
         os.killpg(process.pid, signal.SIGKILL)
@@ -344,7 +348,7 @@ def test_a_head_that_goes_stops_its_jobs_first(open_head, corpus, tiny_bundle, s
         time.sleep(0.1)
     driver = driver_of(output)
     program = [sys.executable, "-m", "acsr_ray.distributed.stop_jobs", "45"]
-    stopping = open_head.start(*program, RAY_API_SERVER_ADDRESS=open_head.address)
+    stopping = open_head.start(*program, RAY_ADDRESS=open_head.own_address)
     told, _ = stopping.communicate(timeout=120)
     assert stopping.returncode == 0, told
     assert not driver.is_running()
