@@ -11,7 +11,7 @@ import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeVar, get_args
+from typing import Any, ClassVar, Literal, Self, TypeVar, cast, get_args
 
 import tyro
 import yaml
@@ -225,8 +225,7 @@ def _flag(model: type[Settings], name: str, prefix: str) -> str:
 
 def _as_told(settings: SettingsT, flags: Set[str], prefix: str = "") -> SettingsT:
     """Return settings as they are, but that only what flags name counts as set."""
-    values, named = dict[str, Any](), set[str]()
-    model: type[SettingsT] = type(settings)
+    values, named, model = dict[str, Any](), set[str](), type(settings)
     for name in model.model_fields:
         value = getattr(settings, name)
         if isinstance(value, Settings):
@@ -238,7 +237,8 @@ def _as_told(settings: SettingsT, flags: Set[str], prefix: str = "") -> Settings
         values[name] = value
         if is_named:
             named.add(name)
-    return model.model_construct(_fields_set=named, **values)
+    # To pydantic's plugin for mypy it is of the base class.
+    return cast("SettingsT", model.model_construct(_fields_set=named, **values))
 
 
 def _flag_names(model: type[Settings], prefix: str = "") -> Iterator[str]:

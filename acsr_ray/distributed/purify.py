@@ -132,7 +132,8 @@ def _reported(ledger: Ledger, observed: ObservedRun, is_wanted: bool, pages: lis
         yield
     finally:
         record = observed.record
-        if is_wanted and record.get("images") and record["outcome"] in ("done", "failed"):
+        did = ("images", "new_shards_total", "changed_shards_total", "removed_shards_total")
+        if is_wanted and any(map(record.get, did)) and record["outcome"] in ("done", "failed"):
             pages += filter(None, [report_after_run(ledger, record["run"])])
 
 

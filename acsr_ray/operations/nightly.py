@@ -16,8 +16,10 @@ from pydantic import Field
 
 from acsr_ray.config import AcsrError, FailedError, ResumableStop
 from acsr_ray.corpus.changes import list_corpus
+from acsr_ray.corpus.differences import shard_changes
 from acsr_ray.corpus.lease import LeaseError
 from acsr_ray.corpus.ledger import Ledger
+from acsr_ray.corpus.run_record import told_changes
 from acsr_ray.corpus.snapshot import Snapshot, total
 from acsr_ray.corpus.sources import CorpusError, absolute_uri
 from acsr_ray.corpus.stopping import StopRequest, StopRequested, stop_request
@@ -109,9 +111,6 @@ def repurify_nightly(settings: RepurifyNightlySettings) -> dict[str, Any]:
         "corpus": _corpus(after),
         "output": attempts.output,
     }
-    if night["removed"]:
-        shown = ", ".join(night["removed_first"])
-        logger.warning("%d shards left the input and the output: %s", night["removed"], shown)
     _judge(settings, after, attempts)
     if attempts.exit_code:
         summary |= {"outcome": attempts.outcome, "error": attempts.error, "exit_code": attempts.exit_code}
@@ -125,19 +124,13 @@ def compare(before: Snapshot, after: Snapshot) -> dict[str, Any]:
         before: the snapshot of the evening.
         after: the one of the morning.
     """
-    known = before.names()
-    done = {
-        relative: [receipt for receipt in entry.receipts if receipt.name not in known]
-        for relative, entry in after.shards.items()
-    }
-    fresh = [relative for relative, receipts in done.items() if receipts]
-    removed = sorted(before.shards.keys() - after.shards.keys())
-    sums = total(receipt for receipts in done.values() for receipt in receipts)
+    known, changes = before.names(), shard_changes(before, after)
+    sums = total(receipt for receipt in after.receipts() if receipt.name not in known)
     return {
-        "new": sum(relative not in before.shards for relative in fresh),
-        "changed": sum(relative in before.shards for relative in fresh),
-        "removed": len(removed),
-        "removed_first": removed[:SHOWN],
+        "new": len(changes.new),
+        "changed": len(changes.changed),
+        "removed": len(changes.removed),
+        **told_changes(changes),
         "images": sums["rows"],
         "quarantined": sum(sums["quarantined"].values()),
         "reasons": sums["quarantined"],

@@ -57,6 +57,7 @@ def run_page(contents: Contents) -> str:
             _section("Clusters", "", plots.clusters(contents), _montage(contents)),
             _section("Quarantine", "", _quarantine(contents)),
             _section("Not done", "", _not_done(record)),
+            _section("No longer there", "", _removed(record)),
         ),
         element("footer", element("p", _about(record), class_="note")),
     )
@@ -226,6 +227,11 @@ def _not_done(record: RunRecord) -> Markup:
         ("Failed units", "unit", record.failed_units, record.num_failed),
     )
     return joined(*(_list(title, what, found, total) for title, what, found, total in lists if found))
+
+
+def _removed(record: RunRecord) -> Markup:
+    names = {name: "left the input" for name in record.removed_shards}
+    return _list("Removed shards", "shard", names, record.num_removed) if names else Markup()
 
 
 def _list(title: str, what: str, found: Mapping[str, str], total: int) -> Markup:

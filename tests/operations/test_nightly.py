@@ -24,6 +24,9 @@ def spend(options, **changes):
     return repurify_nightly(RepurifyNightlySettings.model_validate({"pause_s": 0.0, **options, **changes}))
 
 
+KINDS = ("new", "changed", "removed")
+
+
 def counts(summary):
     return {key: summary[key] for key in ("outcome", "new", "changed", "removed", "images", "quarantined")}
 
@@ -57,7 +60,7 @@ def test_three_nights_on_a_growing_corpus_in_s3(bucket, stage, numbers_shard, ti
         "images": 13,
         "quarantined": 0,
     }
-    assert second["removed_first"] == ["part-2"]
+    assert [second[f"{kind}_shards"] for kind in KINDS] == [["part-3"], ["part-1"], ["part-2"]]
     assert {name for name, _ in stage.done} == {"part-1", "part-3"}
     expected = [*range(10), *range(30, 36), *range(100, 107)]
     assert sorted(visible("s3://corpus/out")) == expected
@@ -307,6 +310,42 @@ def test_settings_of_another_release_are_told(options, stage):
     assert "unit_rows" in night["error"]
 
 
+def test_all_shards_that_went_are_named_and_have_a_page(
+    options, source, stage, write_numbers, caplog, tmp_path
+):
+    for shard in range(3, 30):
+        write_numbers(source / f"part-{shard:02}.parquet", range(10 * shard, 10 * shard + 2))
+    with caplog.at_level("INFO"):
+        assert len(spend(options)["new_shards"]) == 30
+    assert "30 shards new: part-0, part-03, " in caplog.text
+    for shard in range(3, 30):
+        (source / f"part-{shard:02}.parquet").unlink()
+    gone = [f"part-{shard:02}" for shard in range(3, 30)]
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        night = spend(options, max_removed_share=1.0)
+    assert (night["removed_shards"], night["removed_shards_total"]) == (gone, 27)
+    record_file = max(Path(options["output"]).glob("_acsr/runs/*/record.json"))
+    record = json.loads(record_file.read_text())
+    assert (record["images"], record["removed_shards"], record["removed_shards_total"]) == (0, gone, 27)
+    line = next(one for one in caplog.messages if one.startswith("27 shards removed: part-03, "))
+    assert "part-22 (the first 20; " in line
+    assert f"in {record_file})" in line
+    page = record_file.with_name("report.html").read_text()
+    assert "27 shards left the input" in page
+    assert all(name in page for name in gone)
+    # Nothing to tell, nothing to show.
+    spend(options)
+    assert not max(Path(options["output"]).glob("_acsr/runs/*/record.json")).with_name("report.html").exists()
+
+
+def test_a_shard_that_lost_rows_is_a_changed_one(options, source, stage, write_numbers):
+    spend(options)
+    write_numbers(source / "part-1.parquet", range(10, 18))
+    write_numbers(source / "part-2.parquet", range(0))
+    assert spend(options)["changed_shards"] == ["part-1", "part-2"]
+
+
 def test_a_night_counts_what_its_snapshots_differ_in():
     def entry(*names):
         receipts = tuple(Receipt(name, 4, {"purified": 3, "quarantined": 1}, {"empty": 1}) for name in names)
@@ -319,7 +358,9 @@ def test_a_night_counts_what_its_snapshots_differ_in():
         "new": 1,
         "changed": 1,
         "removed": 1,
-        "removed_first": ["c"],
+        **{"new_shards": ["d"], "new_shards_total": 1},
+        **{"changed_shards": ["a"], "changed_shards_total": 1},
+        **{"removed_shards": ["c"], "removed_shards_total": 1},
         "images": 8,
         "quarantined": 2,
         "reasons": {"empty": 2},
