@@ -86,6 +86,8 @@ class AcsrError(Exception):
 
     exit_code: ClassVar[int] = 2
     """2: settings, input or environment that cannot work; the job would end like this again."""
+    summary: Mapping[str, Any] | None = None
+    """What the job has to tell all the same, where it did most of what it was asked for."""
 
 
 class FailedError(AcsrError, RuntimeError):
@@ -113,7 +115,7 @@ JobT = TypeVar("JobT", bound=JobSettings)
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
 EPILOGUE = """
-With --json, stdout is one JSON object: the summary, or {"error", "exit_code"}; logs go to stderr.
+With --json, stdout is one JSON object: the summary, {"error", "exit_code"}, or both; logs go to stderr.
 Exit codes: 0 done; 75 stopped cleanly before the end, the same command goes on; 2 settings, input or
 environment that cannot work; 1 failed; 130 Ctrl-C before there was anything to resume."""
 """What every help ends with."""

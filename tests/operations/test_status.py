@@ -82,6 +82,18 @@ def test_what_is_left_to_do(options, source, stage):
     assert "unfinished   failed units: 1 (part-1.rows-0000004" in told_status(status(options))
 
 
+def test_what_failed_is_told_with_what_was_done(options, stage, capsys):
+    stage.fails = lambda unit: "given_up" if (unit.relative, unit.first) == ("part-1", 4) else None
+    flags = ["--input", options["input"], "--output", options["output"], "--bundle", options["bundle"]]
+    with pytest.raises(SystemExit) as exit_info:
+        run_job("purify_corpus", [*flags, "--unit-rows", "4", "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert (exit_info.value.code, told["exit_code"], told["images"]) == (1, 1, 26)
+    assert told["error"].startswith("1 units failed")
+    assert list(told["failed units"].values()) == ["as told"]
+    assert Path(told["report"]).exists()
+
+
 def test_a_failed_unit_that_was_done_since_is_left_to_nobody(options, stage):
     stage.fails = lambda unit: "given_up" if unit.first == 8 else None
     with pytest.raises(FailedError):
