@@ -146,6 +146,20 @@ def test_there_must_be_a_purification(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize("content", [b'{"input": ', b"[1]", b"\xff"])
+def test_damaged_settings_are_told_with_a_way_out(options, stage, capsys, content):
+    purify(options)
+    path = Path(options["output"]) / "_acsr/run.json"
+    path.write_bytes(content)
+    for verb in ("status", "repurify_nightly"):
+        with pytest.raises(SystemExit) as exit_info:
+            run_job(verb, ["--output", options["output"]])
+        told = capsys.readouterr().err.splitlines()[-1]
+        assert exit_info.value.code == 2
+        assert told.startswith(f"error: {path} is damaged")
+        assert "put a copy of it back" in told
+
+
 def test_the_settings_file_of_the_job_names_the_output(options, stage, tmp_path, capsys):
     purify(options)
     path = tmp_path / "night.yaml"
