@@ -34,6 +34,9 @@ REASONS = {
     "decoder_crash": "the decoder crashed on it",
     "decoder_timeout": "the decoder took too long",
     "decoder_memory": "the decoder needed too much memory",
+    "out_of_memory": "purifying it alone took too much memory; `acsr-ray retry` where there is more",
+    "stage_error": "purifying it alone raised an error; see the log of the run, then `acsr-ray retry`",
+    "worker_crash": "workers died of it, every time; look at it apart from the rest, then `acsr-ray retry`",
     "solver_fallback": "the solver failed on it; see the setting on_failure",
 }
 
