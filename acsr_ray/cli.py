@@ -101,21 +101,27 @@ def _run_for_people(job: str, given: Sequence[str]) -> int:
     try:
         summary = function(settings)
     except AcsrError as error:
+        if error.summary is not None:
+            _show(settings, error.summary, f"{job}: failed after {time.perf_counter() - started:.1f} s")
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(INTERRUPTED, file=sys.stderr)
         return EXIT_INTERRUPTED
-    text = settings.render(summary)
-    if text is None:
-        print(f"\n{job}: done in {time.perf_counter() - started:.1f} s")
-        for key, value in summary.items():
-            print(f"  {key:20} {value if isinstance(value, str) else json.dumps(value)}")
-    else:
-        print(text)
+    _show(settings, summary, f"{job}: done in {time.perf_counter() - started:.1f} s")
     if "error" in summary:
         print(f"error: {summary['error']}", file=sys.stderr)
     return int(summary.get("exit_code", 0))
+
+
+def _show(settings: JobSettings, summary: Mapping[str, Any], heading: str) -> None:
+    text = settings.render(summary)
+    if text is not None:
+        print(text)
+        return
+    print(f"\n{heading}")
+    for key, value in summary.items():
+        print(f"  {key:20} {value if isinstance(value, str) else json.dumps(value)}")
 
 
 def _run_for_programs(job: str, given: Sequence[str]) -> int:
@@ -142,7 +148,7 @@ def _outcome(job: str, given: Sequence[str]) -> Mapping[str, Any]:
         message = " ".join(line for line in lines if line.strip("-"))
         return {"error": message.removeprefix("error: "), "exit_code": stop.code}
     except AcsrError as error:
-        return {"error": str(error), "exit_code": error.exit_code}
+        return {**(error.summary or {}), "error": str(error), "exit_code": error.exit_code}
     except KeyboardInterrupt:
         return {"error": INTERRUPTED, "exit_code": EXIT_INTERRUPTED}
     except Exception as error:  # a program that reads stdout gets its object whatever happens

@@ -9,9 +9,9 @@ purification have no section of their own: they read that of `purify_corpus`.
 import difflib
 import inspect
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeVar, get_args
+from typing import Any, ClassVar, Literal, Self, TypeVar, cast, get_args
 
 import tyro
 import yaml
@@ -64,15 +64,6 @@ class JobSettings(Settings):
     config: Path | None = None
     """YAML file with one section per job; flags given on the command line override it."""
 
-    @classmethod
-    def standing(cls, given: Sequence[str]) -> Mapping[str, Any]:
-        """Return settings that hold unless the file or a flag says otherwise, such as those of an output.
-
-        Args:
-            given: flags of the file and of the command line.
-        """
-        return {}
-
     def render(self, summary: Mapping[str, Any]) -> str | None:
         """Return what people are shown of a summary; None: each key on a line of its own."""
         return None
@@ -95,6 +86,8 @@ class AcsrError(Exception):
 
     exit_code: ClassVar[int] = 2
     """2: settings, input or environment that cannot work; the job would end like this again."""
+    summary: Mapping[str, Any] | None = None
+    """What the job has to tell all the same, where it did most of what it was asked for."""
 
 
 class FailedError(AcsrError, RuntimeError):
@@ -119,9 +112,10 @@ class ConfigError(AcsrError, ValueError):
 
 
 JobT = TypeVar("JobT", bound=JobSettings)
+SettingsT = TypeVar("SettingsT", bound=Settings)
 
 EPILOGUE = """
-With --json, stdout is one JSON object: the summary, or {"error", "exit_code"}; logs go to stderr.
+With --json, stdout is one JSON object: the summary, {"error", "exit_code"}, or both; logs go to stderr.
 Exit codes: 0 done; 75 stopped cleanly before the end, the same command goes on; 2 settings, input or
 environment that cannot work; 1 failed; 130 Ctrl-C before there was anything to resume."""
 """What every help ends with."""
@@ -137,6 +131,9 @@ def parse_job(
     job: type[JobT], section: str, args: Sequence[str] | None = None, *, prog: str | None = None
 ) -> JobT:
     """Read a job's settings from its YAML section and the command line; exit 2 on a bad one.
+
+    Their `model_fields_set` are, at every depth, the options that the file or the command line names, so
+    that a job can take the others from elsewhere.
 
     Args:
         job: the job's settings model; its docstring is the description shown by `--help`.
@@ -157,13 +154,12 @@ def parse_job(
             )
         told = [flag for name in job.sections or (section,) for flag in _flags_from(path, job, name)]
         told += given
-        if not {"--help", "-h"} & set(given):
-            told = [*_flags_of(job, job.standing(told)), *told]
     except AcsrError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     description = f"{inspect.getdoc(job)}\n{EPILOGUE}"
     settings = tyro.cli(job, args=told, prog=prog or f"{section}.py", description=description)
+    settings = _as_told(settings, {token.split("=", 1)[0].replace("_", "-") for token in told})
     return settings.model_copy(update={"arguments": passed_on}) if passed_on else settings
 
 
@@ -231,6 +227,24 @@ def _flag(model: type[Settings], name: str, prefix: str) -> str:
     """Return a field's flag; a field may have a flag of another name, where pydantic forbids that name."""
     given = (getattr(part, "name", None) for part in model.model_fields[name].metadata)
     return f"--{prefix}{next(filter(None, given), name)}".replace("_", "-")
+
+
+def _as_told(settings: SettingsT, flags: Set[str], prefix: str = "") -> SettingsT:
+    """Return settings as they are, but that only what flags name counts as set."""
+    values, named, model = dict[str, Any](), set[str](), type(settings)
+    for name in model.model_fields:
+        value = getattr(settings, name)
+        if isinstance(value, Settings):
+            value = _as_told(value, flags, f"{prefix}{name}.")
+            is_named = bool(value.model_fields_set)
+        else:
+            switched_off = f"--{prefix}no-{name}".replace("_", "-")
+            is_named = _flag(model, name, prefix) in flags or switched_off in flags
+        values[name] = value
+        if is_named:
+            named.add(name)
+    # To pydantic's plugin for mypy it is of the base class.
+    return cast("SettingsT", model.model_construct(_fields_set=named, **values))
 
 
 def _flag_names(model: type[Settings], prefix: str = "") -> Iterator[str]:

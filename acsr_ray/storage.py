@@ -10,12 +10,14 @@ import errno
 import hashlib
 import importlib
 import logging
+import math
 import os
 import random
 import shutil
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -104,6 +106,23 @@ def open_storage(location: str) -> Storage:
     return ObjectStorage(location)
 
 
+_most_s: ContextVar[float] = ContextVar("most_s", default=math.inf)
+
+
+@contextlib.contextmanager
+def patience(seconds: float) -> Iterator[None]:
+    """Let no operation of this thread be tried again for longer, until the block ends.
+
+    Args:
+        seconds: most of them for each operation, whatever else its deadline is.
+    """
+    before = _most_s.set(seconds)
+    try:
+        yield
+    finally:
+        _most_s.reset(before)
+
+
 def patiently(operation: Callable[[], ResultT], what: str, deadline_s: float | None = None) -> ResultT:
     """Run an operation again, after pauses with jitter, while its error may pass.
 
@@ -118,7 +137,7 @@ def patiently(operation: Callable[[], ResultT], what: str, deadline_s: float | N
     """
     if deadline_s is None:
         deadline_s = float(os.environ.get("ACSR_STORAGE_DEADLINE_S", DEADLINE_S))
-    ends = time.monotonic() + deadline_s
+    ends = time.monotonic() + min(deadline_s, _most_s.get())
     pause = FIRST_PAUSE_S
     while True:
         try:

@@ -38,6 +38,10 @@ def echo(settings: EchoSettings) -> dict[str, Any]:
         raise KeyboardInterrupt
     if settings.deed in errors:
         raise errors[settings.deed]
+    if settings.deed == "part":
+        partly = FailedError("one of two")
+        partly.summary = {"word": settings.word}
+        raise partly
     summary: dict[str, Any] = {"word": settings.word, "rate": float("inf"), "names": ("a", "b")}
     return summary | ({"error": "not well", "exit_code": 1} if settings.deed == "unwell" else {})
 
@@ -97,6 +101,14 @@ def test_people_see_a_summary(run):
     assert run("line", "--word", "x")[1].endswith("said x\n")
 
 
+def test_people_see_what_was_done_before_what_was_not(run):
+    code, out, err = run("echo", "--word", "x", "--deed=part")
+    assert (code, err.splitlines()[-1]) == (1, "error: one of two")
+    assert "echo: failed after" in out
+    assert "  word                 x" in out
+    assert run("line", "--word", "x", "--deed=part")[1].endswith("said x\n")
+
+
 @pytest.mark.parametrize(
     ("deed", "code", "content"),
     [
@@ -104,6 +116,7 @@ def test_people_see_a_summary(run):
         ("unwell", 1, {"word": "x", "rate": None, "names": ["a", "b"], "error": "not well", "exit_code": 1}),
         ("stop", 75, {"error": "later", "exit_code": 75}),
         ("fail", 1, {"error": "broken", "exit_code": 1}),
+        ("part", 1, {"word": "x", "error": "one of two", "exit_code": 1}),
         ("interrupt", 130, {"error": "interrupted", "exit_code": 130}),
         ("bug", 1, {"error": "RuntimeError: odd", "exit_code": 1}),
     ],

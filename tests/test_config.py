@@ -182,18 +182,16 @@ def test_a_verb_with_few_settings_passes_over_the_others_of_a_section(tmp_path):
     assert parse_job(Few, "verb", ["--config", str(path)]).output == Path("there")
 
 
-def test_standing_settings_give_way_to_the_file_and_the_file_to_flags(tmp_path):
-    class Standing(Job):
-        """Settings that something says beforehand."""
-
-        @classmethod
-        def standing(cls, given):
-            return {"limit": 1, "mode": "exact", "name": last_value(given, "--output")}
-
-    path = tmp_path / "settings.yaml"
-    path.write_text(f"{SECTION}: {{limit: 2, keep: true, output: there}}\n")
-    settings = parse_job(Standing, SECTION, ["--config", str(path), "--no-keep"])
-    assert (settings.limit, settings.mode, settings.keep, settings.name) == (2, "exact", False, "there")
+def test_what_was_told_counts_as_set_and_nothing_else(parse):
+    settings = parse(f"{SECTION}: {{limit: 2, keep: true}}", "--no-keep", "--inner.step_size=1")
+    assert settings.model_fields_set - {"config"} == {"limit", "keep", "inner"}
+    assert settings.model_dump(exclude_unset=True, exclude={"config"}) == {
+        "limit": 2,
+        "keep": False,
+        "inner": {"step_size": 1.0},
+    }
+    assert (settings.mode, settings.inner.nesterov) == ("fast", True)
+    assert parse(None).model_fields_set == set()
 
 
 @pytest.mark.parametrize(

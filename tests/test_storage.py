@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from acsr_ray.storage import StorageError, StorageLocationError, open_storage, patiently
+from acsr_ray.storage import StorageError, StorageLocationError, open_storage, patience, patiently
 
 
 @pytest.fixture(params=["disk", "objects"])
@@ -102,6 +102,21 @@ def test_an_error_that_stays_ends_at_the_deadline():
         patiently(operation, "trying", 1.0)
     assert len(calls) > 1
     assert StorageError.exit_code == 75
+
+
+def test_who_has_less_patience_waits_less_and_only_meanwhile():
+    tries = []
+
+    def operation():
+        tries.append(1)
+        if len(tries) < 4:
+            raise OSError("busy")
+
+    with pytest.raises(StorageError, match="failed for too long"), patience(0.0):
+        patiently(operation, "trying", 30)
+    assert len(tries) == 1
+    patiently(operation, "trying", 30)
+    assert len(tries) == 4
 
 
 @pytest.mark.parametrize("kind", [FileNotFoundError, FileExistsError, IsADirectoryError])

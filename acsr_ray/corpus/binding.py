@@ -125,12 +125,28 @@ class Binding:
 
 
 def read_json(storage: Storage, name: str) -> dict[str, Any] | None:
-    """Return a JSON object of a storage, None where there is none."""
+    """Return a JSON object of a storage, None where there is none.
+
+    Raises:
+        CorpusError: what is there is no JSON object; the message says what to do.
+    """
     try:
-        content: dict[str, Any] = json.loads(storage.read(name))
+        content = json.loads(storage.read(name))
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise _damaged(storage, name, str(error)) from error
+    if not isinstance(content, dict):
+        raise _damaged(storage, name, "no JSON object")
     return content
+
+
+def _damaged(storage: Storage, name: str, why: str) -> CorpusError:
+    # Which files are this output's, and how they were made, is told by `run.json` alone.
+    way_out = (
+        "put a copy of it back, or use another --output" if name == RUN else "remove it: it is not needed"
+    )
+    return CorpusError(f"{storage.root}/{name} is damaged ({why}); {way_out}")
 
 
 def write_json(storage: Storage, name: str, content: Mapping[str, Any]) -> None:

@@ -22,6 +22,7 @@ from acsr_ray.config import FailedError, ResumableStop
 from acsr_ray.corpus.agenda import Agenda
 from acsr_ray.corpus.agenda import NightSettings as NightSettings
 from acsr_ray.corpus.changes import Refused, ShardWork, inspect_shard, list_corpus
+from acsr_ray.corpus.differences import shard_changes
 from acsr_ray.corpus.facts import UnitFacts
 from acsr_ray.corpus.lease import Lease
 from acsr_ray.corpus.ledger import Ledger, shard_of
@@ -80,6 +81,8 @@ class Night:
         self._purify_units = purify_units
         self._snapshot = ledger.snapshot()
         self.tally.corpus = lambda: total(self._snapshot.receipts())
+        before = self._snapshot
+        self.tally.changes = lambda: shard_changes(before, self._snapshot)
         # What a crash after the last commit left half done.
         self._published, finished = ledger.settle(self._snapshot, lease.check)
         self._agenda = Agenda(settings, ledger, self._snapshot, finished)
@@ -357,7 +360,6 @@ class Night:
     def _finish(self) -> None:
         gone = self._entries.keys() - self._seen
         self.removed = len(gone)
-        self.tally.removed(self.removed)
         for relative in gone:
             del self._entries[relative]
         self._entries |= {relative: work.entry() for relative, work in self._emptied.items()}

@@ -15,7 +15,8 @@ from typing import Any, Self
 
 from acsr_ray.config import AcsrError, ResumableStop
 from acsr_ray.corpus.console import Console, open_console
-from acsr_ray.corpus.run_record import Outcome, RunAbout, RunTally
+from acsr_ray.corpus.differences import ShardChanges
+from acsr_ray.corpus.run_record import MOST_NAMED, Outcome, RunAbout, RunTally
 from acsr_ray.corpus.side_files import SideWriter
 from acsr_ray.storage import Storage, StorageError
 
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 RUNS, PROGRESS, PLAN = "_acsr/runs", "_acsr/progress.json", "_acsr/plan.json"
 TICK_SECONDS = 1.0
+SHOWN = 20
+"""Shards of each kind that the log names."""
 CLOSE_SECONDS = 10.0
 """How long an ending run tries to write its last record: one that is lost leaves it as running."""
 STOP_SECONDS = 3.0
@@ -79,6 +82,7 @@ class ObservedRun:
         self.record: dict[str, Any] = {}
         self._about, self._tally, self._pace = about, tally, pace or Pace()
         self._corpus: Mapping[str, Any] | None = None
+        self._changes: ShardChanges | None = None
         self._console = console or open_console()
         self._writer = SideWriter(storage, is_ours)
         self._closing = threading.Event()
@@ -99,12 +103,13 @@ class ObservedRun:
         self._closing.set()
         self._thread.join(STOP_SECONDS)
         outcome, detail = outcome_of(error)
-        self._corpus = self._tally.corpus()
+        self._corpus, self._changes = self._tally.corpus(), self._tally.changes()
         # The record first: it is what others go by, if there is time for one of them only.
         self._write_record(outcome, detail)
         progress = self._write_progress(outcome)
         self._tally.listener.tick(progress)
         self._console.close(progress)
+        self._log_changes()
         self._writer.close(STOP_SECONDS if outcome == "stopped" else CLOSE_SECONDS)
 
     def _keep_telling(self) -> None:
@@ -129,8 +134,19 @@ class ObservedRun:
         return progress
 
     def _write_record(self, outcome: Outcome, detail: str) -> None:
-        self.record = self._tally.record(self._about, outcome, detail, self._corpus)
+        self.record = self._tally.record(self._about, outcome, detail, self._corpus, self._changes)
         self._writer.put(record_file(self._about.run), _json(self.record))
+
+    def _log_changes(self) -> None:
+        for kind in ("new", "changed", "removed"):
+            names, number = self.record[f"{kind}_shards"], self.record[f"{kind}_shards_total"]
+            if not number:
+                continue
+            more = ""
+            if number > SHOWN:
+                where = f"{self._about.output}/{record_file(self._about.run)}"
+                more = f" (the first {SHOWN}; the first {MOST_NAMED} are in {where})"
+            logger.info("%d shards %s: %s%s", number, kind, ", ".join(names[:SHOWN]), more)
 
 
 def outcome_of(error: BaseException | None) -> tuple[Outcome, str]:

@@ -12,13 +12,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
+from acsr_ray.corpus.differences import ShardChanges
 from acsr_ray.corpus.facts import DISTANCE_EDGES, RESIDUAL_EDGES, UnitFacts, process_peak_mib
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""1 had a number of removed shards, and no names of shards that are new, changed or removed."""
 MOST_POINTS = 500
 """Of a timeline; a longer run has a coarser one."""
 MOST_NAMED = 1000
-"""Refused shards, and failed units, that a record names; it counts all."""
+"""Of each list of a record, such as refused shards; it counts all."""
 MOST_UNITS = 64
 """Units that a record names, evenly over the run."""
 RATE_SECONDS = 60.0
@@ -114,6 +116,8 @@ class RunTally:
         self.listener = listener or NoListener()
         self.corpus: Callable[[], Mapping[str, Any] | None] = lambda: None
         """Gives the totals of the output's snapshot, None while that is not read; asked seldom."""
+        self.changes: Callable[[], ShardChanges] = ShardChanges
+        """Gives what the run has changed in the output; asked at its end."""
         self._lock, self._clock = threading.Lock(), clock
         self._began = self._last_unit = clock()
         self._facts, self._units = UnitFacts(), 0
@@ -121,7 +125,7 @@ class RunTally:
         self._resources: dict[str, float] = {}
         self._limit: int | None = None
         self._shards = self._opened = 0
-        self._again = self._fallen = self._removed = 0
+        self._again = self._fallen = 0
         self._refused, self._failed = _Named(), _Named()
         self._timeline = Timeline()
         self._recent: deque[tuple[float, int]] = deque([(self._began, 0)])
@@ -192,11 +196,6 @@ class RunTally:
         with self._lock:
             self._failed.add(name, why)
 
-    def removed(self, number: int) -> None:
-        """Say how many shards left the output because they left the input."""
-        with self._lock:
-            self._removed = number
-
     def progress(self, run: str, outcome: Outcome) -> dict[str, Any]:
         """Return what `progress.json` holds."""
         with self._lock:
@@ -227,7 +226,12 @@ class RunTally:
             }
 
     def record(
-        self, about: RunAbout, outcome: Outcome, detail: str, corpus: Mapping[str, Any] | None
+        self,
+        about: RunAbout,
+        outcome: Outcome,
+        detail: str,
+        corpus: Mapping[str, Any] | None,
+        changes: ShardChanges | None = None,
     ) -> dict[str, Any]:
         """Return what `record.json` holds.
 
@@ -236,6 +240,7 @@ class RunTally:
             outcome: how it stands.
             detail: why it stopped or failed.
             corpus: totals of the output's snapshot; None where they are not known.
+            changes: what the run changed in the output; None while it works.
         """
         with self._lock:
             elapsed, facts = self._clock() - self._began, self._facts
@@ -264,7 +269,7 @@ class RunTally:
                 "refused_shards_total": self._refused.number,
                 "failed_units": dict(self._failed.first),
                 "failed_units_total": self._failed.number,
-                "removed_shards": self._removed,
+                **told_changes(changes or ShardChanges()),
                 "unit_names": list(self._named),
                 "corpus": corpus
                 and {
@@ -297,6 +302,14 @@ class _Named:
         self.number += name not in self.first
         if name in self.first or len(self.first) < MOST_NAMED:
             self.first[name] = why
+
+
+def told_changes(changes: ShardChanges) -> dict[str, Any]:
+    """Return changes as a record has them: of each kind the first names, and how many there are."""
+    told: dict[str, Any] = {}
+    for kind, names in asdict(changes).items():
+        told |= {f"{kind}_shards": list(names[:MOST_NAMED]), f"{kind}_shards_total": len(names)}
+    return told
 
 
 def _histogram(edges: tuple[float, ...], counts: tuple[int, ...]) -> dict[str, list[Any]]:

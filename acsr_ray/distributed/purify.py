@@ -96,8 +96,8 @@ def _purify_corpus(
         order.check(ledger, bound)
         about = about_run(settings, bound, ledger, lease)
         observed = ObservedRun(about, tally, ledger.storage, is_ours=lambda: not lease.is_lost)
-        pages: list[str] = []
-        with _reported(ledger, observed, settings.report, pages), observed:
+        summary: dict[str, Any] = {}
+        with _reported(ledger, observed, settings.report, summary), observed:
             source = list_corpus(location)
             check_source(source, location, settings.image_column)
             stop.check()
@@ -119,21 +119,29 @@ def _purify_corpus(
             night = Night(asked, ledger, lease, stop, purify_units, tally)
             night.run(source)
             order.finish(ledger)
-            summary = night.summary(time.perf_counter() - started)
-            _check_failed(night.failed)
-            _check_left_out(ledger)
-    return summary | ({"report": pages[0]} if pages else {})
+            summary |= night.summary(time.perf_counter() - started)
+            _check_failed(night.failed, summary)
+            _check_left_out(ledger, summary)
+    return summary
 
 
 @contextmanager
-def _reported(ledger: Ledger, observed: ObservedRun, is_wanted: bool, pages: list[str]) -> Iterator[None]:
-    """Write the report of a run that did something, well or not; one that was stopped has no time for it."""
+def _reported(
+    ledger: Ledger, observed: ObservedRun, is_wanted: bool, summary: dict[str, Any]
+) -> Iterator[None]:
+    """Write the report of a run that did something, well or not; one that was stopped has no time for it.
+
+    The summary gets its place, also where an error holds it already.
+    """
     try:
         yield
     finally:
         record = observed.record
-        if is_wanted and record.get("images") and record["outcome"] in ("done", "failed"):
-            pages += filter(None, [report_after_run(ledger, record["run"])])
+        did = ("images", "new_shards_total", "changed_shards_total", "removed_shards_total")
+        if is_wanted and any(map(record.get, did)) and record["outcome"] in ("done", "failed"):
+            page = report_after_run(ledger, record["run"])
+            if page is not None:
+                summary["report"] = page
 
 
 def about_run(
@@ -151,15 +159,23 @@ def about_run(
     )
 
 
-def _check_failed(failed: Mapping[str, str]) -> None:
+def _check_failed(failed: Mapping[str, str], summary: Mapping[str, Any]) -> None:
+    """Raise `FailedError` if units failed."""
     if failed:
         shown = "; ".join(f"{name}: {why}" for name, why in islice(failed.items(), SHOWN_FAILURES))
-        raise FailedError(f"{len(failed)} units failed, the others are done: {shown}")
+        raise _failed(f"{len(failed)} units failed, the others are done: {shown}", summary)
 
 
-def _check_left_out(ledger: Ledger) -> None:
+def _check_left_out(ledger: Ledger, summary: Mapping[str, Any]) -> None:
     """Raise `FailedError` if shards are purified and not in the Delta table."""
     left_out = ledger.delta.left_out if ledger.delta else {}
     if left_out:
         shown = "; ".join(f"{name}: {why}" for name, why in islice(left_out.items(), SHOWN_FAILURES))
-        raise FailedError(f"all is purified, but {len(left_out)} shards are not in the Delta table: {shown}")
+        told = f"all is purified, but {len(left_out)} shards are not in the Delta table: {shown}"
+        raise _failed(told, summary)
+
+
+def _failed(message: str, summary: Mapping[str, Any]) -> FailedError:
+    error = FailedError(message)
+    error.summary = summary
+    return error

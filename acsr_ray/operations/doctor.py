@@ -20,6 +20,10 @@ from acsr_ray.operations.machine_checks import (
 )
 from acsr_ray.operations.place_checks import check_cluster, check_input, check_output
 from acsr_ray.purification.bundle import DEFAULT_BUNDLE
+from acsr_ray.storage import patience
+
+DEADLINE_S = 10.0
+"""Of each operation on a store: who asks whether one answers does not wait as long as a run does."""
 
 
 class DoctorSettings(StoreSettings):
@@ -61,7 +65,8 @@ def examine(settings: DoctorSettings) -> dict[str, Any]:
 
     Where one fails, `exit_code` is 1 and `error` says which.
     """
-    found = list(findings(settings))
+    with patience(DEADLINE_S):
+        found = list(findings(settings))
     failed = [finding.name for finding in found if finding.level == "fail"]
     told: dict[str, Any] = {
         "checks": [finding.to_dict() for finding in found],

@@ -8,7 +8,7 @@ where somebody has to look.
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,16 +16,17 @@ from pydantic import Field
 
 from acsr_ray.config import AcsrError, FailedError, ResumableStop
 from acsr_ray.corpus.changes import list_corpus
+from acsr_ray.corpus.differences import shard_changes
 from acsr_ray.corpus.lease import LeaseError
 from acsr_ray.corpus.ledger import Ledger
+from acsr_ray.corpus.run_record import told_changes
 from acsr_ray.corpus.snapshot import Snapshot, total
 from acsr_ray.corpus.sources import CorpusError, absolute_uri
 from acsr_ray.corpus.stopping import StopRequest, StopRequested, stop_request
 from acsr_ray.distributed.purify import purify_corpus
 from acsr_ray.distributed.purify_settings import PurifyCorpusSettings
-from acsr_ray.filesystems import over_stores
-from acsr_ray.operations.standing import completed, standing_for
-from acsr_ray.storage import StorageError
+from acsr_ray.filesystems import connected
+from acsr_ray.operations.standing import completed
 
 logger = logging.getLogger(__name__)
 
@@ -50,11 +51,6 @@ class RepurifyNightlySettings(PurifyCorpusSettings):
     strict: bool = False
     """Fail where a shard of the input cannot be read, even if others can."""
 
-    @classmethod
-    def standing(cls, given: Sequence[str]) -> Mapping[str, Any]:
-        """Return the settings of the output."""
-        return standing_for(given)
-
     def render(self, summary: Mapping[str, Any]) -> str:
         """Return the line for a scheduler's log."""
         return told_night(summary)
@@ -62,37 +58,48 @@ class RepurifyNightlySettings(PurifyCorpusSettings):
 
 @dataclass
 class Attempts:
-    """How the night's runs ended."""
+    """How the night's attempts went, and what they found."""
 
+    output: str
     count: int = 0
     outcome: str = "done"
     error: str = ""
     exit_code: int = 0
+    before: Snapshot | None = None
+    """Of the evening; None where the output could never be read."""
 
-    def end(self, outcome: str, error: AcsrError, exit_code: int) -> None:
-        """Note the end of the night."""
-        self.outcome, self.error, self.exit_code = outcome, str(error), exit_code
+    def end(self, error: Exception | None) -> None:
+        """Note how an attempt ended; None: well."""
+        self.error = "" if error is None else str(error)
+        if error is None:
+            self.outcome, self.exit_code = "done", 0
+        elif isinstance(error, ResumableStop | LeaseError):
+            self.outcome, self.exit_code = "stopped", ResumableStop.exit_code
+        elif isinstance(error, AcsrError):
+            self.outcome = "failed" if isinstance(error, FailedError) else "refused"
+            self.exit_code = error.exit_code
+        else:
+            logger.error("not foreseen", exc_info=error)
+            self.error = f"{type(error).__name__}: {error}"
+            self.outcome, self.exit_code = "failed", FailedError.exit_code
 
 
-@over_stores
 def repurify_nightly(settings: RepurifyNightlySettings) -> dict[str, Any]:
     """Spend a night and return its summary; where it did not end well, with `error` and `exit_code`.
+
+    Whatever happens once there is an output to speak of is told so, and not raised: a scheduler's log is to
+    have its line of the nights that fail, above all. Counts are zeros where the output cannot be read.
 
     Raises:
         CorpusError: no output is named.
     """
     if settings.output is None:
         raise CorpusError("--output is needed, and on the first night --input")
-    ledger, began = Ledger(absolute_uri(settings.output)), time.monotonic()
-    settings = completed(settings)
-    before = ledger.snapshot()
+    attempts, began = Attempts(settings.output), time.monotonic()
     with stop_request() as stop:
-        attempts = _attempt(settings, before, stop)
-    try:
-        after = ledger.snapshot()
-    except StorageError as error:
-        after = before
-        attempts.end("stopped", error, error.exit_code)
+        _attempt(settings, attempts, stop)
+    before = attempts.before or Snapshot()
+    after = _look_again(settings, attempts)
     night, refused = compare(before, after), after.refused
     summary: dict[str, Any] = {
         "outcome": attempts.outcome,
@@ -102,11 +109,8 @@ def repurify_nightly(settings: RepurifyNightlySettings) -> dict[str, Any]:
         "attempts": attempts.count,
         "seconds": round(time.monotonic() - began, 1),
         "corpus": _corpus(after),
-        "output": ledger.output,
+        "output": attempts.output,
     }
-    if night["removed"]:
-        shown = ", ".join(night["removed_first"])
-        logger.warning("%d shards left the input and the output: %s", night["removed"], shown)
     _judge(settings, after, attempts)
     if attempts.exit_code:
         summary |= {"outcome": attempts.outcome, "error": attempts.error, "exit_code": attempts.exit_code}
@@ -120,19 +124,13 @@ def compare(before: Snapshot, after: Snapshot) -> dict[str, Any]:
         before: the snapshot of the evening.
         after: the one of the morning.
     """
-    known = before.names()
-    done = {
-        relative: [receipt for receipt in entry.receipts if receipt.name not in known]
-        for relative, entry in after.shards.items()
-    }
-    fresh = [relative for relative, receipts in done.items() if receipts]
-    removed = sorted(before.shards.keys() - after.shards.keys())
-    sums = total(receipt for receipts in done.values() for receipt in receipts)
+    known, changes = before.names(), shard_changes(before, after)
+    sums = total(receipt for receipt in after.receipts() if receipt.name not in known)
     return {
-        "new": sum(relative not in before.shards for relative in fresh),
-        "changed": sum(relative in before.shards for relative in fresh),
-        "removed": len(removed),
-        "removed_first": removed[:SHOWN],
+        "new": len(changes.new),
+        "changed": len(changes.changed),
+        "removed": len(changes.removed),
+        **told_changes(changes),
         "images": sums["rows"],
         "quarantined": sum(sums["quarantined"].values()),
         "reasons": sums["quarantined"],
@@ -143,36 +141,64 @@ def told_night(summary: Mapping[str, Any]) -> str:
     """Return a night as one line of `key=value`."""
     pairs = [f"{key}={summary[key]}" for key in ("outcome", *COUNTS, "seconds", "attempts")]
     if "error" in summary:
-        pairs.append(f"detail={json.dumps(summary['error'].splitlines()[0])}")
+        first, _, _ = summary["error"].partition("\n")
+        pairs.append(f"detail={json.dumps(first)}")
     return " ".join(["acsr_ray nightly", *pairs])
 
 
-def _attempt(settings: RepurifyNightlySettings, before: Snapshot, stop: StopRequest) -> Attempts:
+def _attempt(settings: RepurifyNightlySettings, attempts: Attempts, stop: StopRequest) -> None:
     """Run until the end, a failure, or the last attempt's stop."""
-    attempts = Attempts()
     while True:
         attempts.count += 1
         try:
-            purify_corpus(settings)
-        except StopRequested as error:
-            attempts.end("stopped", error, ResumableStop.exit_code)
-        except (ResumableStop, LeaseError) as error:
-            attempts.end("stopped", error, ResumableStop.exit_code)
-            if attempts.count < settings.attempts and _pause(settings.pause_s, stop, error):
+            with connected(settings.connection):
+                _run(settings, attempts, stop)
+        except Exception as error:  # the night's line is owed whatever happens
+            attempts.end(error)
+            may_go_on = attempts.outcome == "stopped" and not isinstance(error, StopRequested)
+            if may_go_on and attempts.count < settings.attempts and _pause(settings.pause_s, stop, error):
                 continue
-        except FailedError as error:
-            attempts.end("failed", error, FailedError.exit_code)
-        except AcsrError as error:
-            attempts.end("refused", error, error.exit_code)
-            if before.shards and _is_gone(settings.input):
-                told = f"the input is gone, and the output keeps what was purified of it: {error}"
-                attempts.end("failed", FailedError(told), FailedError.exit_code)
         else:
-            return Attempts(attempts.count)
-        return attempts
+            attempts.end(None)
+        return
 
 
-def _pause(seconds: float, stop: StopRequest, error: AcsrError) -> bool:
+def _run(settings: RepurifyNightlySettings, attempts: Attempts, stop: StopRequest) -> None:
+    """Purify with the output's own settings, which a store that is down does not give either."""
+    assert settings.output is not None
+    ledger = Ledger(absolute_uri(settings.output))
+    attempts.output = ledger.output
+    settings = completed(settings)
+    if attempts.before is None:
+        attempts.before = ledger.snapshot()
+    # Purifying listens for stops itself, and only for those to come.
+    stop.check()
+    try:
+        purify_corpus(settings)
+    except (ResumableStop, LeaseError, FailedError):
+        raise
+    except AcsrError as error:
+        if attempts.before.shards and _is_gone(settings.input):
+            told = f"the input is gone, and the output keeps what was purified of it: {error}"
+            raise FailedError(told) from error
+        raise
+
+
+def _look_again(settings: RepurifyNightlySettings, attempts: Attempts) -> Snapshot:
+    """Return the snapshot of the morning, or that of the evening where it cannot be read."""
+    if attempts.before is None:
+        return Snapshot()
+    try:
+        with connected(settings.connection):
+            return Ledger(attempts.output).snapshot()
+    except Exception as error:  # as above
+        logger.warning("what the night changed cannot be told: %s", error)
+        if attempts.outcome == "done":
+            attempts.end(error)
+        return attempts.before
+
+
+def _pause(seconds: float, stop: StopRequest, error: Exception) -> bool:
     """Wait before another attempt; False where the job is asked to stop meanwhile."""
     logger.warning("%s; trying again in %g s", error, seconds)
     ends = time.monotonic() + seconds
@@ -202,7 +228,7 @@ def _judge(settings: RepurifyNightlySettings, after: Snapshot, attempts: Attempt
     if none_left or settings.strict:
         which = "no shard" if none_left else f"{len(refused)} shards"
         error = FailedError(f"{which} of the input can{'' if none_left else 'not'} be read: {uri}: {why}")
-        attempts.end("failed", error, FailedError.exit_code)
+        attempts.end(error)
 
 
 def _corpus(snapshot: Snapshot) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What is looked at elsewhere: where the output goes, where the input comes from, and the cluster between."""
 
+import contextlib
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
@@ -90,17 +91,27 @@ def check_cluster(address: str | None) -> Finding:
 def _try_storage(storage: Storage) -> str:
     """Return what a storage does wrong with a probe, "" where nothing."""
     name = f"{PROBES}/{uuid.uuid4().hex}"
+    if not storage.create(name, b"one"):
+        return "a new file was taken for one that is there"
     try:
-        if not storage.create(name, b"one"):
-            return "a new file was taken for one that is there"
-        if storage.create(name, b"two"):
-            return "a file was replaced that was there"
-        if storage.read(name) != b"one":
-            return "a file does not hold what was written"
-        listed = storage.names(PROBES).get(name.removeprefix(f"{PROBES}/"))
-        return "" if listed == len(b"one") else "a new file is not listed"
-    finally:
-        storage.remove(name)
+        wrong = _wrong_with(storage, name)
+    except (AcsrError, OSError):
+        # What failed first is what there is to tell.
+        with contextlib.suppress(AcsrError, OSError):
+            storage.remove(name)
+        raise
+    storage.remove(name)
+    return wrong
+
+
+def _wrong_with(storage: Storage, name: str) -> str:
+    """Return what is wrong with a file that was created as `one`."""
+    if storage.create(name, b"two"):
+        return "a file was replaced that was there"
+    if storage.read(name) != b"one":
+        return "a file does not hold what was written"
+    listed = storage.names(PROBES).get(name.removeprefix(f"{PROBES}/"))
+    return "" if listed == len(b"one") else "a new file is not listed"
 
 
 def _missing_folders(place: str) -> list[Path]:

@@ -1,6 +1,5 @@
 """Do again the units of an output that failed, or hold rows quarantined for reasons that may be gone now."""
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from acsr_ray.config import ConfigError
@@ -8,7 +7,7 @@ from acsr_ray.corpus.retry_request import RetryRequest
 from acsr_ray.corpus.sources import CorpusError
 from acsr_ray.distributed.purify import purify_corpus
 from acsr_ray.distributed.purify_settings import PurifyCorpusSettings
-from acsr_ray.operations.standing import completed, standing_for
+from acsr_ray.operations.standing import completed
 
 
 class RetrySettings(PurifyCorpusSettings):
@@ -24,11 +23,6 @@ class RetrySettings(PurifyCorpusSettings):
     """Only units with rows quarantined for these (decode_error decoder_timeout ...). None: failed units, and
     rows quarantined for what another try may change: decoder_crash, decoder_timeout, decoder_memory,
     out_of_memory, stage_error, worker_crash, and in a folder of images null_image."""
-
-    @classmethod
-    def standing(cls, given: Sequence[str]) -> Mapping[str, Any]:
-        """Return the settings of the output."""
-        return standing_for(given)
 
 
 def retry(settings: RetrySettings) -> dict[str, Any]:

@@ -1,18 +1,17 @@
 """The settings that an output is bound to, as defaults for who works on it again: commands stay short."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from acsr_ray.artifacts import ArtifactError
-from acsr_ray.config import last_value
 from acsr_ray.corpus.binding import BUNDLE, read_json
 from acsr_ray.corpus.ledger import Ledger
 from acsr_ray.corpus.records import LOOKED_AT, run_records
-from acsr_ray.corpus.sources import absolute_uri
+from acsr_ray.corpus.sources import CorpusError, absolute_uri
 from acsr_ray.distributed.purify_settings import PurifyCorpusSettings
-from acsr_ray.filesystems import StorageSettings, connected, resolve_connection
+from acsr_ray.filesystems import connected
 from acsr_ray.purification.bundle import DEFAULT_BUNDLE, bundle_digest
 
 LOCATIONS = ("bundle", "doubt", "target")
@@ -47,31 +46,32 @@ def standing_settings(output: str | None) -> dict[str, Any]:
     return standing
 
 
-def standing_for(flags: Sequence[str]) -> Mapping[str, Any]:
-    """Return the settings of the output that flags name."""
-    output = last_value(flags, "--output")
-    with connected(resolve_connection(_storage(flags), StorageSettings(), output or "")):
-        return standing_settings(output)
-
-
 def completed(settings: SettingsT) -> SettingsT:
-    """Return settings with the output's own where nothing was given; for callers that are programs."""
+    """Return settings with the output's own where nothing was given, at every depth.
+
+    Args:
+        settings: whose `model_fields_set` is what was given.
+
+    Raises:
+        CorpusError: the output's settings are none of this release.
+    """
     with connected(settings.connection):
         standing = standing_settings(settings.output)
-    missing = {name: value for name, value in standing.items() if name not in settings.model_fields_set}
-    given = {name: getattr(settings, name) for name in settings.model_fields_set}
-    return type(settings).model_validate({**missing, **given})
-
-
-def _storage(flags: Sequence[str]) -> StorageSettings:
-    """Return how flags say that the output is reached; they are checked as a whole afterwards."""
-    names = {name: f"--storage.{name.replace('_', '-')}" for name in StorageSettings.model_fields}
-    told: dict[str, Any] = {name: last_value(flags, flag) for name, flag in names.items()}
-    told["anonymous"] = names["anonymous"] in flags
+    given = settings.model_dump(exclude_unset=True)
     try:
-        return StorageSettings.model_validate({name: value for name, value in told.items() if value})
-    except ValidationError:
-        return StorageSettings()  # the parser says what is wrong with them
+        return type(settings).model_validate(_over(standing, given))
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+        raise CorpusError(f"the settings of output {settings.output} cannot be used: {wrong}") from error
+
+
+def _over(standing: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with what was given in their place."""
+    merged = {**standing, **given}
+    for name in standing.keys() & given.keys():
+        if isinstance(standing[name], Mapping) and isinstance(given[name], Mapping):
+            merged[name] = _over(standing[name], given[name])
+    return merged
 
 
 def _settings_of(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from acsr_ray.corpus.sources import CorpusError, absolute_uri
 from acsr_ray.filesystems import StoreSettings, over_stores
 
 SHOWN = 5
-RECORD_KEYS = ("run", "started_at", "outcome", "detail", "images", "this run", "elapsed_s", "removed_shards")
+RECORD_KEYS = ("run", "started_at", "outcome", "detail", "images", "this run", "elapsed_s")
 
 
 class StatusSettings(StoreSettings):
@@ -61,7 +61,11 @@ def output_status(settings: StatusSettings) -> dict[str, Any]:
         "progress": read_object(ledger.storage, PROGRESS) if under_way else None,
         "runs": [
             {key: record[key] for key in RECORD_KEYS if key in record}
-            | {"failed_units": record.get("failed_units_total", len(record.get("failed_units") or {}))}
+            | {
+                "failed_units": record.get("failed_units_total", len(record.get("failed_units") or {})),
+                # Records of before have the number alone.
+                "removed_shards": record.get("removed_shards_total", record.get("removed_shards", 0)),
+            }
             for record in run_records(ledger.storage, SHOWN)
         ],
         "unfinished": unfinished(ledger, snapshot, sizes.keys()),

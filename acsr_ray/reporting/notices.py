@@ -34,8 +34,8 @@ def notices(record: RunRecord) -> Iterator[tuple[str, str]]:
     if done and refused / done > QUARANTINE_ALARM:
         what = f"{percent(refused, done)} of the images are in quarantine"
         yield what, "The reasons tell whether a source is broken; their rows are there, with a null image."
-    if record.removed_shards:
-        what = counted(record.removed_shards, "shard", "shards") + " left the input"
+    if record.num_removed:
+        what = counted(record.num_removed, "shard", "shards") + " left the input"
         yield what, "Their output was removed with them. If that was not meant, restore them and run again."
     if record.retries:
         what = counted(record.retries, "unit was", "units were") + " tried again"

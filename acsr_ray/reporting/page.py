@@ -34,6 +34,9 @@ REASONS = {
     "decoder_crash": "the decoder crashed on it",
     "decoder_timeout": "the decoder took too long",
     "decoder_memory": "the decoder needed too much memory",
+    "out_of_memory": "purifying it alone took too much memory; `acsr-ray retry` where there is more",
+    "stage_error": "purifying it alone raised an error; see the log of the run, then `acsr-ray retry`",
+    "worker_crash": "workers died of it, every time; look at it apart from the rest, then `acsr-ray retry`",
     "solver_fallback": "the solver failed on it; see the setting on_failure",
 }
 
@@ -57,6 +60,7 @@ def run_page(contents: Contents) -> str:
             _section("Clusters", "", plots.clusters(contents), _montage(contents)),
             _section("Quarantine", "", _quarantine(contents)),
             _section("Not done", "", _not_done(record)),
+            _section("No longer there", "", _removed(record)),
         ),
         element("footer", element("p", _about(record), class_="note")),
     )
@@ -226,6 +230,11 @@ def _not_done(record: RunRecord) -> Markup:
         ("Failed units", "unit", record.failed_units, record.num_failed),
     )
     return joined(*(_list(title, what, found, total) for title, what, found, total in lists if found))
+
+
+def _removed(record: RunRecord) -> Markup:
+    names = {name: "left the input" for name in record.removed_shards}
+    return _list("Removed shards", "shard", names, record.num_removed) if names else Markup()
 
 
 def _list(title: str, what: str, found: Mapping[str, str], total: int) -> Markup:

@@ -177,7 +177,12 @@ class RunRecord(Tolerant):
     refused_shards_total: int = 0
     failed_units_total: int = 0
     """How many there were, where the lists name only the first."""
-    removed_shards: int = 0
+    new_shards: tuple[str, ...] = ()
+    changed_shards: tuple[str, ...] = ()
+    removed_shards: tuple[str, ...] = ()
+    new_shards_total: int = 0
+    changed_shards_total: int = 0
+    removed_shards_total: int = 0
     unit_names: tuple[str, ...] = ()
     """Some units of this run, where the record names them."""
     corpus: CorpusTotals | None = None
@@ -188,6 +193,19 @@ class RunRecord(Tolerant):
     """Fields of the file that could not be read, and why."""
     origin: str = ""
     """File it was read from."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers_of_before(cls, fields: Any) -> Any:  # noqa: ANN401  (whatever is validated)
+        """Take the number of removed shards that earlier releases wrote in the place of their names."""
+        if isinstance(fields, dict) and isinstance(fields.get("removed_shards"), int):
+            return {**fields, "removed_shards": (), "removed_shards_total": fields["removed_shards"]}
+        return fields
+
+    @property
+    def num_removed(self) -> int:
+        """Shards that left the output, named or not."""
+        return max(self.removed_shards_total, len(self.removed_shards))
 
     @property
     def num_refused(self) -> int:

@@ -504,14 +504,15 @@ def test_the_tally_hears_of_everything(source, tmp_path):
 
     night, _ = spend(source, tmp_path / "out", fails)
     about = RunAbout("r", "", str(source), str(tmp_path / "out"), "", {})
-    record = night.tally.record(about, "failed", "", night.tally.corpus())
+    record = night.tally.record(about, "failed", "", night.tally.corpus(), night.tally.changes())
     assert (record["images"], record["units"], record["statuses"]) == (18, 5, {"purified": 18})
     # Two of the unit that passed the third time, two of the one that never does; what waits is no retry.
     assert record["retries"] == 4
     assert record["failed_units"] == night.failed
     assert record["refused_shards"] == night.refused
     assert len(night.refused) == record["refused_shards_total"] == record["failed_units_total"] == 1
-    assert record["removed_shards"] == 1
+    assert (record["removed_shards"], record["removed_shards_total"]) == (["part-0"], 1)
+    assert (record["new_shards"], record["changed_shards"]) == (["part-3"], ["part-1"])
     assert record["corpus"]["images"] == len(keys(tmp_path / "out")) == 28
     progress = night.tally.progress("r", "failed")
     assert (progress["images_done"], progress["images_expected"]) == (18, 22)

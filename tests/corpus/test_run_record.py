@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 
+from acsr_ray.corpus.differences import ShardChanges
 from acsr_ray.corpus.facts import UnitFacts
 from acsr_ray.corpus.run_record import (
     MOST_NAMED,
@@ -46,7 +47,12 @@ KEYS = {
     "refused_shards_total",
     "failed_units",
     "failed_units_total",
+    "new_shards",
+    "new_shards_total",
+    "changed_shards",
+    "changed_shards_total",
     "removed_shards",
+    "removed_shards_total",
     "unit_names",
     "corpus",
     "plan",
@@ -104,15 +110,18 @@ def test_what_is_added_is_told(clock):
     tally.again()
     tally.fallen(2)
     tally.fallen(1)
-    tally.removed(3)
     tally.refuse("s3://b/x", "not_parquet")
     tally.fail("u9", "as told")
-    record = tally.record(ABOUT, "failed", "why", None)
+    gone = tuple(f"part-{number:04}" for number in range(1200))
+    changes = ShardChanges(new=("a",), removed=gone)
+    record = tally.record(ABOUT, "failed", "why", None, changes)
     assert (record["images"], record["units"], record["clusters"]) == (50, 5, {"0/1": 50})
     assert record["stage_seconds"] == {"A": 3.5, "B": 0.25}
     assert record["residual"]["counts"] == [50]
     assert record["distance"]["counts"] == [20, 30]
-    assert (record["retries"], record["batch_fill"], record["removed_shards"]) == (3, 0.625, 3)
+    assert (record["retries"], record["batch_fill"]) == (3, 0.625)
+    assert (record["new_shards"], record["new_shards_total"], record["changed_shards"]) == (["a"], 1, [])
+    assert (record["removed_shards"], record["removed_shards_total"]) == (list(gone[:1000]), 1200)
     assert record["refused_shards"] == {"s3://b/x": "not_parquet"}
     assert record["failed_units"] == {"u9": "as told"}
     assert record["timeline"] == [(0.0, 0), *((2.0 * n, 10 * n) for n in range(1, 6)), (10.0, 50)]

@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+import time
 
 import pytest
 
@@ -12,7 +13,8 @@ from acsr_ray.corpus.isolated import DecoderSettings
 from acsr_ray.corpus.lease import Lease
 from acsr_ray.distributed.joining import ResourceError
 from acsr_ray.distributed.probe import ClusterView
-from acsr_ray.operations import machine_checks, place_checks
+from acsr_ray.filesystems import StorageSettings
+from acsr_ray.operations import doctor, machine_checks, place_checks
 from acsr_ray.operations.doctor import DoctorSettings, examine
 from acsr_ray.operations.machine_checks import (
     check_bundle,
@@ -119,6 +121,42 @@ def test_storage_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr(DiskStorage, "_stage", refused)
     assert levels(check_output(str(tmp_path), 0)) == {"output": "fail"}
     assert levels(check_output("http://host/out", 0)) == {"output": "fail"}
+
+
+def test_a_store_that_does_not_answer_is_told_soon(monkeypatch, tmp_path, tiny_bundle):
+    # As long as a run would wait by default.
+    monkeypatch.delenv("ACSR_STORAGE_DEADLINE_S", raising=False)
+    monkeypatch.setattr(doctor, "DEADLINE_S", 0.1)
+    # Nobody listens there.
+    storage = StorageSettings(endpoint_url="http://127.0.0.1:9", region="eu-central-1")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "key")
+    began = time.monotonic()
+    found = examine(DoctorSettings(output="s3://corpus/out", bundle=str(tiny_bundle), storage=storage))
+    assert time.monotonic() - began < 60
+    (told,) = [check["told"] for check in found["checks"] if check["name"] == "output"]
+    assert "writing s3://corpus/out/_acsr/probes/" in told
+
+
+def test_what_failed_first_is_told_and_the_probe_goes_all_the_same(tmp_path, monkeypatch):
+    def refused(self, name):
+        raise PermissionError(errno.EACCES, "Permission denied", name)
+
+    def garbled(self, name):
+        raise OSError(errno.ENXIO, "No such device", name)
+
+    monkeypatch.setattr(DiskStorage, "read", garbled)
+    (found,) = check_output(str(tmp_path), 0)
+    assert (found.level, "No such device" in found.told) == ("fail", True)
+    assert not any(tmp_path.rglob("*"))
+    monkeypatch.setattr(DiskStorage, "remove", refused)
+    (found,) = check_output(str(tmp_path), 0)
+    assert "No such device" in found.told
+    monkeypatch.undo()
+    # What runs cannot remove is trouble too.
+    monkeypatch.setattr(DiskStorage, "remove", refused)
+    (found,) = check_output(str(tmp_path), 0)
+    assert (found.level, "Permission denied" in found.told) == ("fail", True)
 
 
 def test_room_and_a_run_under_way(tmp_path):

@@ -1,22 +1,30 @@
 """Nights on a growing corpus: what is new is done, what is gone told; a vanished input costs nothing."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
+from s3fs import S3FileSystem
 
 from acsr_ray.cli import run_job
 from acsr_ray.config import ResumableStop
 from acsr_ray.corpus.binding import write_json
+from acsr_ray.corpus.images import DecodeLimits
 from acsr_ray.corpus.ledger import Ledger
 from acsr_ray.corpus.snapshot import Receipt, ShardEntry, Snapshot
 from acsr_ray.corpus.stopping import StopRequested
 from acsr_ray.operations.nightly import RepurifyNightlySettings, compare, repurify_nightly
+from acsr_ray.operations.standing import completed
 from acsr_ray.operations.verify import VerifySettings, verify_output
 from acsr_ray.storage import StorageError
 
 
 def spend(options, **changes):
     return repurify_nightly(RepurifyNightlySettings.model_validate({"pause_s": 0.0, **options, **changes}))
+
+
+KINDS = ("new", "changed", "removed")
 
 
 def counts(summary):
@@ -52,7 +60,7 @@ def test_three_nights_on_a_growing_corpus_in_s3(bucket, stage, numbers_shard, ti
         "images": 13,
         "quarantined": 0,
     }
-    assert second["removed_first"] == ["part-2"]
+    assert [second[f"{kind}_shards"] for kind in KINDS] == [["part-3"], ["part-1"], ["part-2"]]
     assert {name for name, _ in stage.done} == {"part-1", "part-3"}
     expected = [*range(10), *range(30, 36), *range(100, 107)]
     assert sorted(visible("s3://corpus/out")) == expected
@@ -211,6 +219,133 @@ def test_settings_that_cannot_work_end_with_2_and_a_line(options, stage, capsys)
     assert capsys.readouterr().out.startswith("acsr_ray nightly outcome=refused ")
 
 
+def line_of(capsys, *flags):
+    """Run the job as a scheduler does; return its exit code, and the fields of its one line."""
+    with pytest.raises(SystemExit) as exit_info:
+        run_job("repurify_nightly", list(flags))
+    (line,) = capsys.readouterr().out.splitlines()
+    words = line.split(" ", 11)
+    assert words[:2] == ["acsr_ray", "nightly"]
+    return exit_info.value.code, dict(word.split("=", 1) for word in words[2:])
+
+
+@pytest.fixture
+def dead_store(monkeypatch):
+    """A store at which nobody listens."""
+    monkeypatch.setenv("ACSR_STORAGE_DEADLINE_S", "0.1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    S3FileSystem.clear_instance_cache()
+    yield
+    S3FileSystem.clear_instance_cache()
+
+
+def test_a_store_that_is_down_has_its_line_and_its_attempts(dead_store, stage, capsys):
+    where = ["--output", "s3://corpus/out", "--input", "s3://corpus/in"]
+    code, told = line_of(capsys, *where, "--attempts", "2", "--pause-s", "0")
+    assert (code, told["outcome"], told["attempts"], told["images"]) == (75, "stopped", "2", "0")
+    assert "s3://corpus/out" in json.loads(told["detail"])
+    assert not stage.units
+
+
+def test_a_store_that_comes_back_is_asked_for_the_settings_then(
+    bucket, stage, numbers_shard, tiny_bundle, monkeypatch
+):
+    bucket.put("in/part-0.parquet", numbers_shard(range(6)))
+    first = {"input": "s3://corpus/in", "bundle": str(tiny_bundle), "unit_rows": 4}
+    spend({"output": "s3://corpus/out", **first})
+    bucket.put("in/part-1.parquet", numbers_shard(range(6, 12)))
+    up = os.environ["AWS_ENDPOINT_URL"]
+    monkeypatch.setenv("ACSR_STORAGE_DEADLINE_S", "0.1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    S3FileSystem.clear_instance_cache()
+
+    def repaired(seconds, stop, error):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", up)
+        S3FileSystem.clear_instance_cache()
+        return True
+
+    monkeypatch.setattr("acsr_ray.operations.nightly._pause", repaired)
+    stage.units.clear()
+    night = spend({"output": "s3://corpus/out"}, bundle=str(tiny_bundle))
+    assert (night["outcome"], night["attempts"], night["new"]) == ("done", 2, 1)
+    # By the output's own unit size.
+    assert stage.done == [("part-1", 0), ("part-1", 4)]
+
+
+def test_what_nobody_foresaw_has_its_line_too(options, stage, capsys):
+    def broken(unit):
+        raise ZeroDivisionError("division by\nzero")
+
+    stage.before_unit = broken
+    flags = ["--output", options["output"], "--input", options["input"], "--bundle", options["bundle"]]
+    flags += ["--unit-rows", "4"]
+    code, told = line_of(capsys, *flags)
+    assert (code, told["outcome"], told["attempts"]) == (1, "failed", "1")
+    assert json.loads(told["detail"]) == "ZeroDivisionError: division by"
+    stage.before_unit = lambda unit: None
+    spend(options)
+    snapshot = max(Path(options["output"]).glob("_acsr/snapshots/*.json"))
+    snapshot.write_bytes(b"{broken")
+    assert line_of(capsys, *flags)[1]["outcome"] == "failed"
+
+
+def test_what_is_given_is_laid_over_the_outputs_own_at_every_depth(options, stage):
+    spend(options, decode=DecodeLimits(max_side=500, max_frames=3))
+    night = RepurifyNightlySettings.model_validate(
+        {"output": options["output"], "decode": {"max_side": 400}, "unit_rows": 5}
+    )
+    merged = completed(night)
+    assert (merged.decode.max_side, merged.decode.max_frames) == (400, 3)
+    assert (merged.unit_rows, merged.input) == (5, options["input"])
+
+
+def test_settings_of_another_release_are_told(options, stage):
+    spend(options)
+    storage = Ledger(options["output"]).storage
+    write_json(storage, "_acsr/run.json", {"unit_rows": "many"})
+    night = spend({"output": options["output"]})
+    assert (night["outcome"], night["exit_code"]) == ("refused", 2)
+    assert "unit_rows" in night["error"]
+
+
+def test_all_shards_that_went_are_named_and_have_a_page(
+    options, source, stage, write_numbers, caplog, tmp_path
+):
+    for shard in range(3, 30):
+        write_numbers(source / f"part-{shard:02}.parquet", range(10 * shard, 10 * shard + 2))
+    with caplog.at_level("INFO"):
+        assert len(spend(options)["new_shards"]) == 30
+    assert "30 shards new: part-0, part-03, " in caplog.text
+    for shard in range(3, 30):
+        (source / f"part-{shard:02}.parquet").unlink()
+    gone = [f"part-{shard:02}" for shard in range(3, 30)]
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        night = spend(options, max_removed_share=1.0)
+    assert (night["removed_shards"], night["removed_shards_total"]) == (gone, 27)
+    record_file = max(Path(options["output"]).glob("_acsr/runs/*/record.json"))
+    record = json.loads(record_file.read_text())
+    assert (record["images"], record["removed_shards"], record["removed_shards_total"]) == (0, gone, 27)
+    line = next(one for one in caplog.messages if one.startswith("27 shards removed: part-03, "))
+    assert "part-22 (the first 20; " in line
+    assert f"in {record_file})" in line
+    page = record_file.with_name("report.html").read_text()
+    assert "27 shards left the input" in page
+    assert all(name in page for name in gone)
+    # Nothing to tell, nothing to show.
+    spend(options)
+    assert not max(Path(options["output"]).glob("_acsr/runs/*/record.json")).with_name("report.html").exists()
+
+
+def test_a_shard_that_lost_rows_is_a_changed_one(options, source, stage, write_numbers):
+    spend(options)
+    write_numbers(source / "part-1.parquet", range(10, 18))
+    write_numbers(source / "part-2.parquet", range(0))
+    assert spend(options)["changed_shards"] == ["part-1", "part-2"]
+
+
 def test_a_night_counts_what_its_snapshots_differ_in():
     def entry(*names):
         receipts = tuple(Receipt(name, 4, {"purified": 3, "quarantined": 1}, {"empty": 1}) for name in names)
@@ -223,7 +358,9 @@ def test_a_night_counts_what_its_snapshots_differ_in():
         "new": 1,
         "changed": 1,
         "removed": 1,
-        "removed_first": ["c"],
+        **{"new_shards": ["d"], "new_shards_total": 1},
+        **{"changed_shards": ["a"], "changed_shards_total": 1},
+        **{"removed_shards": ["c"], "removed_shards_total": 1},
         "images": 8,
         "quarantined": 2,
         "reasons": {"empty": 2},

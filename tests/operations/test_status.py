@@ -82,6 +82,18 @@ def test_what_is_left_to_do(options, source, stage):
     assert "unfinished   failed units: 1 (part-1.rows-0000004" in told_status(status(options))
 
 
+def test_what_failed_is_told_with_what_was_done(options, stage, capsys):
+    stage.fails = lambda unit: "given_up" if (unit.relative, unit.first) == ("part-1", 4) else None
+    flags = ["--input", options["input"], "--output", options["output"], "--bundle", options["bundle"]]
+    with pytest.raises(SystemExit) as exit_info:
+        run_job("purify_corpus", [*flags, "--unit-rows", "4", "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert (exit_info.value.code, told["exit_code"], told["images"]) == (1, 1, 26)
+    assert told["error"].startswith("1 units failed")
+    assert list(told["failed units"].values()) == ["as told"]
+    assert Path(told["report"]).exists()
+
+
 def test_a_failed_unit_that_was_done_since_is_left_to_nobody(options, stage):
     stage.fails = lambda unit: "given_up" if unit.first == 8 else None
     with pytest.raises(FailedError):
@@ -132,6 +144,20 @@ def test_there_must_be_a_purification(tmp_path):
     with pytest.raises(CorpusError, match="no purification at"):
         output_status(StatusSettings(output=str(tmp_path / "none")))
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("content", [b'{"input": ', b"[1]", b"\xff"])
+def test_damaged_settings_are_told_with_a_way_out(options, stage, capsys, content):
+    purify(options)
+    path = Path(options["output"]) / "_acsr/run.json"
+    path.write_bytes(content)
+    for verb in ("status", "repurify_nightly"):
+        with pytest.raises(SystemExit) as exit_info:
+            run_job(verb, ["--output", options["output"]])
+        told = capsys.readouterr().err.splitlines()[-1]
+        assert exit_info.value.code == 2
+        assert told.startswith(f"error: {path} is damaged")
+        assert "put a copy of it back" in told
 
 
 def test_the_settings_file_of_the_job_names_the_output(options, stage, tmp_path, capsys):

@@ -206,7 +206,7 @@ def make_record(purified: Purified, **changes: Any) -> dict[str, Any]:
         "batch_fill": 0.83,
         "refused_shards": dict(snapshot.refused),
         "failed_units": {},
-        "removed_shards": 0,
+        "removed_shards": [],
         "corpus": {
             "images": sums["rows"],
             "statuses": sums["statuses"],

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from acsr_ray.corpus.retry_request import QUARANTINE_REASONS
 from acsr_ray.corpus.snapshot import Snapshot
 from acsr_ray.evaluation.markup import visible
 from acsr_ray.reporting.contents import gather
@@ -299,3 +300,16 @@ def test_a_sample_of_a_long_run_is_not_called_all_of_it(purified):
     assert contents.sample == "all 21 purified images of this run"
     shown = {one.row.place.receipt.name for own in contents.examples.values() for one in own}
     assert shown == set(names)
+
+
+def test_every_reason_has_its_meaning(purified, record_of):
+    reasons = dict.fromkeys((*QUARANTINE_REASONS, "solver_fallback"), 1)
+    record = read_record(
+        record_of(purified, reasons=reasons), purified.ledger.storage, purified.ledger.snapshot()
+    )
+    text = run_page(gather(purified.ledger.storage, purified.ledger.snapshot(), record, images=0))
+    table = text[text.index("By reason") :].partition("</table>")[0]
+    for reason in reasons:
+        (row,) = re.findall(rf"<tr>(?:(?!<tr>).)*?>{reason}<.*?</tr>", table, re.DOTALL)
+        meaning = re.sub("<[^>]+>", "", row.rsplit("<td", 1)[1].split(">", 1)[1])
+        assert len(meaning) > 5, reason

@@ -151,6 +151,7 @@ def test_a_good_run_has_no_notice():
         ({"statuses": {"purified": 95, "quarantined": 5}}, "5.0 % of the images"),
         ({"corpus": {"statuses": {"purified": 95, "quarantined": 5}}}, "5.0 % of the images"),
         ({"removed_shards": 3}, "3 shards left the input"),
+        ({"removed_shards": ["a"], "removed_shards_total": 1}, "1 shard left the input"),
         ({"retries": 2}, "2 units were tried again"),
         ({"images": 1000, "elapsed_s": 1000, "plan": PLAN}, "0.1 times the planned rate"),
         (
