@@ -28,7 +28,7 @@ POINTS = {
     "superseded removed": 2,
     "parked half moved": 1,
     "parked moved": 1,
-    "reported": 1,
+    "order closed": 2,
 }
 QUICK = ("published", "superseded removed")
 
@@ -120,7 +120,7 @@ def test_killed_at_a_point_and_resumed(source, output, expected, tmp_path, point
     assert job.wait(60) == -signal.SIGKILL, "the point was passed"
     rows_of(output)
     summary = finish(source, output, RAISED)
-    assert summary["retry"]["number"] == (2 if point == "reported" else 1)
+    assert summary["retry"]["number"] == (2 if point == "order closed" else 1)
     check(output, expected)
     assert before.items() <= identities(output).items()
     # Another run finds nothing to do, whatever its predecessor left.

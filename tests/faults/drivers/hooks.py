@@ -28,6 +28,7 @@ POINTS: dict[str, tuple[str, str, str]] = {
     # name -> (operation, pattern of the file, before or after)
     "lease taken": ("create", r"_acsr/lease/.*json", "after"),
     "claimed": ("write", r"_acsr/run\.json", "after"),
+    "order closed": ("write", r"_acsr/run\.json", "after"),
     "quarantined": ("create", r"_acsr/quarantine/", "after"),
     "staged": ("link", r"/data/|/ready/", "before"),
     "linked": ("link", r"/data/|/ready/", "after"),
