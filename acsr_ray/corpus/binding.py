@@ -19,6 +19,7 @@ settings, and the order."""
 CUT_BY = ("input", "limit", "unit_rows", "unit_megabytes")
 """Settings that an output is bound to, but that decide no row: which rows there are, and how they are cut."""
 SHOWN_CHANGES = 12
+BUNDLE_NAME = "bundle.name"
 
 
 class Binding:
@@ -55,6 +56,8 @@ class Binding:
                 return
             if "bundle_digest" in changed and bundle is not None:
                 inside = differences(read_json(self._storage, BUNDLE) or {}, bundle)
+                # Of bundles with other names every number differs, which tells nothing.
+                inside = {BUNDLE_NAME: inside[BUNDLE_NAME]} if BUNDLE_NAME in inside else inside
                 changed |= {f"bundle: {key}": pair for key, pair in inside.items()}
             lines = [f"\n  {key}: {old!r} -> {new!r}" for key, (old, new) in changed.items()]
             if len(lines) > SHOWN_CHANGES:

@@ -109,6 +109,7 @@ def _run(settings: PurifyCorpusSettings, root: Path) -> dict[str, Any]:
     for name, (pixels, _) in variants.items():
         write_shard(corpus / f"{name}.parquet", pixels, test.labels, test.image_ids, CLASS_NAMES)
     _forget(root / "purified")
+    logger.info("step 7 of 7: purify all of it")
     summary = purify_corpus(
         settings.model_copy(
             update={
@@ -139,7 +140,7 @@ def build_digits_bundle(root: Path, splits: dict[str, Split], settings: PurifyCo
     work = root / "artifacts"
     optimizer = OptimizerConfig(epochs=8, batch_size=64, lanes=4, crop_padding=2, flip=False)
     where = {"device": settings.device}
-    logger.info("stage i: baseline")
+    logger.info("step 1 of 7, stage i: baseline")
     train_baseline(
         TrainBaselineSettings(
             train=train,
@@ -151,7 +152,7 @@ def build_digits_bundle(root: Path, splits: dict[str, Split], settings: PurifyCo
             **where,
         )
     )
-    logger.info("stage i: clusters and dictionaries")
+    logger.info("step 2 of 7, stage i: clusters and dictionaries")
     learn_semantics(
         LearnSemanticsSettings(
             train=train,
@@ -163,7 +164,7 @@ def build_digits_bundle(root: Path, splits: dict[str, Split], settings: PurifyCo
             **where,
         )
     )
-    logger.info("stage ii: robust semantic training, single-step inner loop")
+    logger.info("step 3 of 7, stage ii: robust semantic training, single-step inner loop")
     train_robust(
         TrainRobustSettings(
             train=train,
@@ -177,6 +178,7 @@ def build_digits_bundle(root: Path, splits: dict[str, Split], settings: PurifyCo
             **where,
         )
     )
+    logger.info("step 4 of 7: bundle")
     build_bundle(
         BuildBundleSettings(
             name="digits",
@@ -195,7 +197,7 @@ def build_digits_bundle(root: Path, splits: dict[str, Split], settings: PurifyCo
 
 def train_target(split: Split) -> SmallCnn:
     """Train the classifier to defend: another architecture and seed than the encoder's."""
-    logger.info("target classifier")
+    logger.info("step 5 of 7: target classifier")
     with torch.random.fork_rng():
         torch.manual_seed(7)
         target = SmallCnn(len(CLASS_NAMES))
@@ -218,7 +220,7 @@ def attack_variants(target: SmallCnn, split: Split) -> dict[str, tuple[Pixels, N
     labels = torch.from_numpy(split.labels)
     variants: dict[str, tuple[Pixels, NDArray[np.int64] | None]] = {"clean": (split.pixels, None)}
     for name, config in ATTACKS.items():
-        logger.info("attack: %s", name)
+        logger.info("step 6 of 7: attack %s", name)
         # All at once: torchattacks' CW stops for the batch as a whole.
         attacked = run_attack(config, target, images, labels, seed=0, batch_size=None)
         with torch.inference_mode():

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import ray
 from pydantic import Field
 
-from acsr_ray.config import Device, Settings
+from acsr_ray.config import Device, ResumableStop, Settings
 from acsr_ray.distributed.joining import ResourceError as ResourceError
 from acsr_ray.distributed.joining import check_environment, join_cluster
 from acsr_ray.distributed.scaling import wait_for_gpus
@@ -18,6 +18,8 @@ from acsr_ray.distributed.scaling import wait_for_gpus
 logger = logging.getLogger(__name__)
 
 
+LATE = "timed out during startup"
+"""What Ray says of a node of its own that does not come up."""
 GPU_DEVICE = "cpu" if os.environ.get("ACSR_LOGICAL_GPUS") == "1" else "cuda"
 """What a stage with a GPU share computes on. With ACSR_LOGICAL_GPUS=1, here and on the workers, a cluster's
 GPUs are only counted (`ray start --num-gpus`): a placement can be tried where there are none."""
@@ -47,6 +49,7 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
     Raises:
         UnsafeEnvironmentError: see `check_environment`.
         ResourceError: the cluster cannot be joined; the message says what to do.
+        ResumableStop: a local Ray does not start in time.
     """
     check_environment()
     if ray.is_initialized():
@@ -56,18 +59,27 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
     if address:
         join_cluster(address)
     else:
-        ray.init(
-            "local",
-            include_dashboard=False,
-            log_to_driver=False,
-            object_store_memory=settings.object_store_megabytes * 2**20,
-        )
+        _start_local(settings.object_store_megabytes * 2**20)
     try:
         if settings.gpus:
             wait_for_gpus(settings.gpus, settings.gpus_wait_s)
         yield
     finally:
         ray.shutdown()
+
+
+def _start_local(object_store_memory: int) -> None:
+    try:
+        ray.init(
+            "local", include_dashboard=False, log_to_driver=False, object_store_memory=object_store_memory
+        )
+    except Exception as error:  # Ray has no type for it
+        if LATE not in str(error):
+            raise
+        raise ResumableStop(
+            "a local Ray did not start in time, as happens on a busy machine; the same command tries again "
+            "(RAY_raylet_start_wait_time_s=120 gives it longer)"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -88,6 +100,15 @@ class StageShares:
     codec_actors: int
     """Of each of the two stages that read and decode, and that encode and write."""
     codec_cpus: float
+
+    def __str__(self) -> str:
+        """Return it for the log."""
+        encode = f"{self.encode_actors} actors encode, " if self.encode_actors else ""
+        what = "purify" if self.encode_actors else "encode and purify"
+        return (
+            f"on {self.device}: {self.codec_actors} actors read, {encode}{self.purify_actors} {what}, "
+            f"{self.codec_actors} write"
+        )
 
 
 def share_resources(device: Device, settings: RaySettings, num_units: int) -> StageShares:

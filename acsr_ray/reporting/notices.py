@@ -33,7 +33,11 @@ def notices(record: RunRecord) -> Iterator[tuple[str, str]]:
     done, refused = sum(statuses.values()), statuses.get(QUARANTINED, 0)
     if done and refused / done > QUARANTINE_ALARM:
         what = f"{percent(refused, done)} of the images are in quarantine"
-        yield what, "The reasons tell whether a source is broken; their rows are there, with a null image."
+        yield (
+            what,
+            "The reasons tell whether a source is broken. Their rows are there, with a null image, and their "
+            "bytes in _acsr/quarantine/; `acsr-ray retry` tries those again that may come out better.",
+        )
     if record.num_removed:
         what = counted(record.num_removed, "shard", "shards") + " left the input"
         yield what, "Their output was removed with them. If that was not meant, restore them and run again."

@@ -1,5 +1,6 @@
 """The page of a run: one HTML file that loads nothing and runs nothing."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -85,7 +86,7 @@ def _facts(contents: Contents) -> Markup:
         ("input", record.input),
         ("output", record.output),
         ("bundle", contents.names.bundle or record.bundle),
-        ("started", record.started_at.replace("T", " ").removesuffix("Z").removesuffix("+00:00")),
+        ("started", re.sub("(Z|\\+00:00)$", " UTC", record.started_at.replace("T", " "))),
         ("took", duration(record.elapsed_s) if record.elapsed_s is not None else ""),
     ]
     shown = (
@@ -138,7 +139,7 @@ def _tiles(contents: Contents) -> Markup:
     if record.retries is not None:
         tiles.append((number(record.retries), "units tried again"))
     if record.batch_fill is not None:
-        tiles.append((percent(record.batch_fill, 1.0), "of each batch filled"))
+        tiles.append((percent(record.batch_fill, 1.0), "of the batches of encoder and solver filled"))
     if record.corpus is not None:
         tiles.append((number(record.corpus.images), "images in the output"))
     shown = (element("li", element("b", figure), element("span", words)) for figure, words in tiles)

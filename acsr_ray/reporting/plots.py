@@ -26,10 +26,20 @@ def over_time(record: RunRecord) -> Markup:
     if len(record.timeline) > 1 and points[-1][0] > 0:
         parts.append(_rate(points))
         done = f"{number(points[-1][1])} images after {duration(points[-1][0])}."
-        parts.append(line("Images done", points, sentence=done, label="images"))
+        parts.append(line("Images done", _stairs(points), sentence=done, label="images"))
     if record.stage_seconds:
         parts.append(_stages(record))
     return element("div", *parts, class_="charts") if parts else Markup()
+
+
+def _stairs(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the points with the level before each: images are published a unit at a time."""
+    before = [0.0, *(images for _, images in points)]
+    return [
+        at
+        for level, (time, images) in zip(before, points, strict=False)
+        for at in ((time, level), (time, images))
+    ]
 
 
 def _rate(points: list[tuple[float, float]]) -> Markup:
