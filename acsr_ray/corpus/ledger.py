@@ -112,16 +112,20 @@ class Ledger:
         Raises:
             LateAttemptError: another run holds the output.
         """
-        receipt = Receipt(name, table.num_rows, *counts(table), first)
-        metadata = {**(table.schema.metadata or {}), RECEIPT_KEY: json.dumps(asdict(receipt))}
-        data = _to_parquet(table.replace_schema_metadata(metadata))
+        kept = _to_parquet(quarantine) if quarantine is not None and quarantine.num_rows else b""
+        receipt = Receipt(name, table.num_rows, *counts(table), first, kept_digest=_digest(kept))
+        data = _with_receipt(table, receipt)
         if lease and not holds(self.storage, lease):
             raise LateAttemptError(f"{self.output} is held by another run; {name} is not published")
-        if quarantine is not None and quarantine.num_rows:
-            self.storage.create(f"{QUARANTINE}/{name}", _to_parquet(quarantine))
+        if kept and not self.storage.create(f"{QUARANTINE}/{name}", kept):
+            # An earlier attempt's stays, which need not be the same file.
+            there = _digest(self.storage.read(f"{QUARANTINE}/{name}"))
+            if there != receipt.kept_digest:
+                receipt = replace(receipt, kept_digest=there)
+                data = _with_receipt(table, receipt)
         if not self.storage.create(f"{READY if parked else DATA}/{name}", data):
             return self.receipt(name)
-        return replace(receipt, digest=hashlib.sha256(data).hexdigest())
+        return replace(receipt, digest=_digest(data))
 
     def receipt(self, name: str) -> Receipt:
         """Return a finished unit's receipt, from its file.
@@ -137,7 +141,7 @@ class Ledger:
         if RECEIPT_KEY not in metadata:
             raise CorpusError(f"{self.output}/{DATA}/{name} was not written by a purification")
         fields = json.loads(metadata[RECEIPT_KEY])
-        return replace(Receipt(**fields), digest=hashlib.sha256(data).hexdigest())
+        return replace(Receipt(**fields), digest=_digest(data))
 
     def outcome(self, name: str) -> pa.Table:
         """Return the outcome columns of a finished unit."""
@@ -294,6 +298,15 @@ def _snapshot_file(number: int) -> str:
 
 def _parquet(names: Mapping[str, int]) -> set[str]:
     return {name for name in names if name.endswith(".parquet")}
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest() if data else ""
+
+
+def _with_receipt(table: pa.Table, receipt: Receipt) -> bytes:
+    metadata = {**(table.schema.metadata or {}), RECEIPT_KEY: json.dumps(asdict(receipt))}
+    return _to_parquet(table.replace_schema_metadata(metadata))
 
 
 def _to_parquet(table: pa.Table) -> bytes:

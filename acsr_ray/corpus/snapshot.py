@@ -12,9 +12,9 @@ from typing import Any
 
 from acsr_ray.corpus.sources import CorpusError
 
-VERSION = 3
-READABLE = (2, VERSION)
-"""2 is of before retries: its receipts have no generation."""
+VERSION = 4
+READABLE = (2, 3, VERSION)
+"""2 is of before retries: its receipts have no generation. Those of 3 do not know the kept bytes."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,9 @@ class Receipt:
     """SHA-256 of the file."""
     generation: int = 0
     """Number of the retry that made it; 0: the first try."""
+    kept_digest: str = ""
+    """SHA-256 of the file with the original bytes of its quarantined rows; "" where none was written, or
+    nobody noted it."""
 
 
 @dataclass(frozen=True)

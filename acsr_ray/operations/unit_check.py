@@ -105,9 +105,15 @@ def check_quarantine(storage: Storage, table: pa.Table, receipt: Receipt, kept: 
     if not kept:
         return
     try:
-        rows = pq.read_table(io.BytesIO(storage.read(name)), columns=["row", "reason"]).to_pylist()
+        data = storage.read(name)
+        rows = pq.read_table(io.BytesIO(data), columns=["row", "reason"]).to_pylist()
     except (FileNotFoundError, pa.ArrowException, OSError) as error:
         yield Problem("quarantine", name, f"not readable: {error}")
+        return
+    digest = hashlib.sha256(data).hexdigest()
+    if receipt.kept_digest and digest != receipt.kept_digest:
+        told = f"SHA-256 {digest[:12]}, in the snapshot {receipt.kept_digest[:12]}"
+        yield Problem("quarantine", name, f"{told}: the original bytes are not those that were kept")
         return
     found = [(row.get("row"), row.get("reason")) for row in rows]
     if found != refused:

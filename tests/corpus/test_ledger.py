@@ -1,5 +1,6 @@
 """The output: first writer wins, receipts survive, foreign output is refused, snapshots clean up."""
 
+import hashlib
 import io
 import json
 import uuid
@@ -55,8 +56,9 @@ def ledger(tmp_path, request):
 
 def test_publish_makes_a_complete_unit_visible(ledger):
     receipt = ledger.publish(NAME, unit_table(), refused_table(), first=7)
+    kept = hashlib.sha256(ledger.storage.read(f"_acsr/quarantine/{NAME}")).hexdigest()
     assert replace(receipt, digest="") == Receipt(
-        NAME, 4, {PURIFIED: 2, QUARANTINED: 2}, {"empty": 1, "decode_error": 1}, 7
+        NAME, 4, {PURIFIED: 2, QUARANTINED: 2}, {"empty": 1, "decode_error": 1}, 7, kept_digest=kept
     )
     assert ledger.published() == {NAME}
     table = read(ledger, f"data/{NAME}")
@@ -73,6 +75,29 @@ def test_the_first_publication_wins(ledger):
     assert ledger.storage.read(f"data/{NAME}") == before
     assert ledger.storage.read(f"_acsr/quarantine/{NAME}") == quarantine
     assert late == first == ledger.receipt(NAME)
+
+
+def test_a_receipt_has_the_digest_of_the_bytes_that_are_kept_whoever_kept_them(ledger):
+    # An attempt that died between its two files.
+    buffer = io.BytesIO()
+    pq.write_table(refused_table(b"first"), buffer)
+    ledger.storage.create(f"_acsr/quarantine/{NAME}", buffer.getvalue())
+    receipt = ledger.publish(NAME, unit_table(), refused_table(b"second"))
+    assert receipt.kept_digest == hashlib.sha256(buffer.getvalue()).hexdigest()
+    assert ledger.receipt(NAME) == receipt
+    assert ledger.publish("b.rows-0-3.0.parquet", unit_table(), None).kept_digest == ""
+
+
+def test_a_snapshot_of_before_kept_bytes_had_digests_is_read(ledger):
+    receipt = ledger.publish(NAME, unit_table(), refused_table())
+    content = json.loads(snapshot_of(receipt).to_json()) | {"schema_version": 3}
+    at = content["unit_fields"].index("kept_digest")
+    del content["unit_fields"][at]
+    for entry in content["shards"].values():
+        for fields in entry["units"]:
+            del fields[at]
+    read = Snapshot.from_json(json.dumps(content).encode(), "old")
+    assert list(read.receipts()) == [replace(receipt, kept_digest="")]
 
 
 def test_receipts_describe_the_file_that_is_there(ledger):

@@ -62,13 +62,13 @@ def to_bytes(table):
 
 
 def forget_digest(ledger, name, **changes):
-    """Commit a snapshot that knows no digest of a file."""
+    """Commit a snapshot that knows no digest of a file, nor of what was kept beside it."""
     snapshot = ledger.snapshot()
     shards = {
         relative: replace(
             entry,
             receipts=tuple(
-                replace(receipt, digest="", **changes) if receipt.name == name else receipt
+                replace(receipt, digest="", kept_digest="", **changes) if receipt.name == name else receipt
                 for receipt in entry.receipts
             ),
         )
@@ -208,6 +208,20 @@ def test_bytes_that_are_kept_for_no_row_and_rows_whose_bytes_are_not(options):
         ("quarantine", "_acsr/quarantine/part-0"),
         ("quarantine", "_acsr/quarantine/part-2"),
     ]
+
+
+def test_kept_bytes_that_changed_are_found(options):
+    path = next((Path(options["output"]) / "_acsr/quarantine").glob("part-0*"))
+    kept = pq.read_table(path)
+    other = pa.array([b"forged"] * kept.num_rows, pa.large_binary())
+    position = kept.column_names.index("bytes")
+    path.write_bytes(to_bytes(kept.set_column(position, "bytes", other)))
+    found = verify(options)
+    assert kinds(found) == [("quarantine", "_acsr/quarantine/part-0")]
+    assert "not those that were kept" in found["problems"][0]["detail"]
+    # Of an output of before nobody knows.
+    forget_digest(Ledger(options["output"]), path.name)
+    assert verify(options)["clean"]
 
 
 def test_a_file_that_is_gone(options):
