@@ -60,7 +60,7 @@ def purify_corpus(settings: PurifyCorpusSettings, retry: RetryRequest | None = N
         ResumableStop: a clean stop before the end, on request or because storage failed.
     """
     if not settings.input or not settings.output:
-        raise CorpusError("--input and --output are needed (or --demo, which needs neither)")
+        raise CorpusError("--input and --output are needed (`purify --demo` needs neither)")
     with connected(settings.connection):
         return _purify_corpus(settings, settings.input, settings.output, retry)
 
