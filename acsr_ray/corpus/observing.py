@@ -16,13 +16,13 @@ from typing import Any, Self
 from acsr_ray.config import AcsrError, ResumableStop
 from acsr_ray.corpus.console import Console, open_console
 from acsr_ray.corpus.differences import ShardChanges
+from acsr_ray.corpus.records import PLAN, PROGRESS, RUNS
 from acsr_ray.corpus.run_record import MOST_NAMED, Outcome, RunAbout, RunTally
 from acsr_ray.corpus.side_files import SideWriter
 from acsr_ray.storage import Storage, StorageError
 
 logger = logging.getLogger(__name__)
 
-RUNS, PROGRESS, PLAN = "_acsr/runs", "_acsr/progress.json", "_acsr/plan.json"
 TICK_SECONDS = 1.0
 SHOWN = 20
 """Shards of each kind that the log names."""

@@ -6,7 +6,8 @@ from typing import Any
 
 from acsr_ray.storage import Storage
 
-RUNS, PROGRESS = "_acsr/runs", "_acsr/progress.json"
+RUNS, PROGRESS, PLAN = "_acsr/runs", "_acsr/progress.json", "_acsr/plan.json"
+"""Where in an output they are, with how the present run stands, and what was planned for one."""
 
 LOOKED_AT = 10
 """Records of which failed units are taken: a retry tells only of its own."""

@@ -15,6 +15,7 @@ from acsr_ray.artifacts import MANIFEST, json_digest
 from acsr_ray.config import ConfigError, Device, FailedError, Settings
 from acsr_ray.corpus.changes import check_there, list_corpus
 from acsr_ray.corpus.ledger import Ledger
+from acsr_ray.corpus.records import PLAN
 from acsr_ray.corpus.removals import RemovalError, check_removed
 from acsr_ray.corpus.sources import CorpusError, ImageFolder, Shard
 from acsr_ray.corpus.survey import OutputState, Problem, Survey, survey_corpus
@@ -28,6 +29,7 @@ from acsr_ray.distributed.purify_settings import (
 )
 from acsr_ray.distributed.runtime import divide_resources
 from acsr_ray.distributed.sample_run import Machine, SampleRun, SampleSize, run_sample
+from acsr_ray.distributed.standing import completed
 from acsr_ray.filesystems import over_stores
 from acsr_ray.models.targets import absolute_location
 from acsr_ray.purification.bundle import find_bundle, load_bundle
@@ -38,7 +40,6 @@ from acsr_ray.purification.stages import BATCH_SIZE
 logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
-PLAN = "_acsr/plan.json"
 DRIVER_MIB, DRIVER_UNIT_KIB = 350.0, 2.0
 """Memory of the driver with Ray and torch, and what a unit of the output adds to it."""
 STORE_MIB, STORE_UNITS_PER_ACTOR = 40.0, 4.0
@@ -93,7 +94,7 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
     """Plan a purification and return the plan; with an output, keep it there as `_acsr/plan.json`.
 
     Raises:
-        CorpusError: there is no input.
+        CorpusError: there is no input, or none is named, or settings of the output are none of this release.
         ArtifactError: a bundle that is absent or was changed.
         ConfigError: a plan for GPUs where none can be measured.
         ResourceError: a cluster that cannot be joined.
@@ -101,7 +102,10 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
     if settings.demo:
         raise ConfigError("--demo is not planned: it takes three minutes on two idle cores")
     if not settings.input:
-        raise CorpusError("--input is needed")
+        # As the other verbs that know the output: with its own settings, those that were given apart.
+        settings = completed(settings)
+    if not settings.input:
+        raise CorpusError("--input is needed, or an --output that knows it")
     load_bundle(settings.bundle).config.with_reconstruction(settings.reconstruction)
     began = time.perf_counter()
     output = _look_at_output(settings)

@@ -25,8 +25,8 @@ from acsr_ray.corpus.sources import CorpusError, absolute_uri
 from acsr_ray.corpus.stopping import StopRequest, StopRequested, stop_request
 from acsr_ray.distributed.purify import purify_corpus
 from acsr_ray.distributed.purify_settings import PurifyCorpusSettings
+from acsr_ray.distributed.standing import completed
 from acsr_ray.filesystems import connected
-from acsr_ray.operations.standing import completed
 
 logger = logging.getLogger(__name__)
 

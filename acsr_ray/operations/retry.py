@@ -7,7 +7,7 @@ from acsr_ray.corpus.retry_request import RetryRequest
 from acsr_ray.corpus.sources import CorpusError
 from acsr_ray.distributed.purify import purify_corpus
 from acsr_ray.distributed.purify_settings import PurifyCorpusSettings
-from acsr_ray.operations.standing import completed
+from acsr_ray.distributed.standing import completed
 
 
 class RetrySettings(PurifyCorpusSettings):

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from acsr_ray.corpus.ledger import Ledger
+from acsr_ray.corpus.records import RUNS
 from acsr_ray.corpus.sources import CorpusError, absolute_uri
 from acsr_ray.filesystems import StoreSettings, over_stores
 from acsr_ray.reporting.contents import Contents, Measure, gather
@@ -15,7 +16,7 @@ from acsr_ray.reporting.notices import notices
 from acsr_ray.reporting.page import run_page
 from acsr_ray.reporting.pictures import Picture
 from acsr_ray.reporting.planned import compare
-from acsr_ray.reporting.record import RUNS, load_record
+from acsr_ray.reporting.record import load_record
 
 logger = logging.getLogger(__name__)
 

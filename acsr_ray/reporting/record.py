@@ -24,10 +24,10 @@ from pydantic import (
 
 from acsr_ray.columns import QUARANTINED
 from acsr_ray.config import AcsrError, did_you_mean
+from acsr_ray.corpus.records import RUNS
 from acsr_ray.corpus.snapshot import Snapshot, total
 from acsr_ray.storage import Storage
 
-RUNS = "_acsr/runs"
 MOST_EARLIER = 50
 """Runs that are looked at for what one goes on from."""
 RECORD = "record.json"

@@ -13,10 +13,11 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from acsr_ray.config import ConfigError
+from acsr_ray.corpus.records import PLAN
 from acsr_ray.corpus.sources import CorpusError
 from acsr_ray.distributed import plan as plan_module
 from acsr_ray.distributed import sample_run
-from acsr_ray.distributed.plan import PLAN, ClusterSettings, PlanSettings, plan
+from acsr_ray.distributed.plan import ClusterSettings, PlanSettings, plan
 from acsr_ray.distributed.purify import purify_corpus
 from acsr_ray.distributed.purify_settings import PurifyCorpusSettings
 from acsr_ray.distributed.runtime import RaySettings
@@ -110,6 +111,9 @@ def test_a_plan_is_all_that_is_written_and_an_output_does_not_look_begun(
     assert (found["images_to_do"], found["sample"]["images"]) == (0, 0)
     assert found["estimate"]["seconds"]["mean"] < 5
     assert "nothing to do" in settings.render(found)
+    # The output knows its input, its bundle and how its shards are cut.
+    alone = plan(PlanSettings(output=str(output)))
+    assert (alone["images"], alone["images_to_do"], alone["refused"]) == (57, 0, None)
 
 
 def test_a_plan_for_another_cluster(tmp_path, write_shard, unrolled_bundle, ray_local, one_sample):

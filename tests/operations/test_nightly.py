@@ -14,8 +14,8 @@ from acsr_ray.corpus.images import DecodeLimits
 from acsr_ray.corpus.ledger import Ledger
 from acsr_ray.corpus.snapshot import Receipt, ShardEntry, Snapshot
 from acsr_ray.corpus.stopping import StopRequested
+from acsr_ray.distributed.standing import completed
 from acsr_ray.operations.nightly import RepurifyNightlySettings, compare, repurify_nightly
-from acsr_ray.operations.standing import completed
 from acsr_ray.operations.verify import VerifySettings, verify_output
 from acsr_ray.storage import StorageError
 
