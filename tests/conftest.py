@@ -48,16 +48,14 @@ def starts_ray(file: str) -> bool:
 
 
 class ByFile(LoadScopeScheduling):
-    """With `-n`, each file is one process's, so that its fixtures are made once, and all Ray is in two.
+    """With `-n`, each file is one process's, so that its fixtures are made once, and all Ray is in one.
 
-    Tests with Ray wait more than they compute: two at a time, and one without, keep two cores busy.
+    On two cores, two Rays that start at once take longer than Ray waits for a node of its own.
     """
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.split("::")[0]
-        if not starts_ray(file):
-            return file
-        return "ray, distributed" if "/distributed/" in file else "ray, others"
+        return "ray" if starts_ray(file) else file
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
@@ -67,7 +65,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put Ray first: its two processes take the longest."""
+    """Put Ray first: its process takes the longest."""
     items.sort(key=lambda item: not starts_ray(item.nodeid.split("::")[0]))
 
 

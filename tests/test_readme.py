@@ -31,7 +31,7 @@ def test_every_block_is_run_or_says_why_not():
     assert [text.split("\n")[0] for text in blocks("bash") if text.startswith(SET_UP)] == [
         "python3 -m venv .venv && .venv/bin/pip install -q -e '.[attacks]' && "
         ".venv/bin/python jobs/purify_corpus.py --demo",
-        "python3 -m venv .venv && .venv/bin/pip install -q -e '.[dev]' && .venv/bin/python -m pytest -n 3",
+        "python3 -m venv .venv && .venv/bin/pip install -q -e '.[dev]' && .venv/bin/python -m pytest -n 2",
     ]
     for text in blocks("bash"):
         if text.startswith(NOT_RUN):

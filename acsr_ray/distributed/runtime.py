@@ -77,8 +77,8 @@ def _start_local(object_store_memory: int) -> None:
         if LATE not in str(error):
             raise
         raise ResumableStop(
-            "a local Ray did not start in time, as happens on a busy machine; the same command tries again "
-            "(RAY_raylet_start_wait_time_s=120 gives it longer)"
+            "a local Ray did not start within the half minute that it gives itself, as happens on a busy "
+            "machine; the same command tries again"
         ) from error
 
 

@@ -33,6 +33,7 @@ def test_the_bare_purifier_takes_time(tiny_bundle):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_the_pipeline_beside_the_bare_purifier(tiny_bundle):
     row = benchmark_pipeline(str(tiny_bundle), 16, count=40, reconstruction="cbpdn", repeats=1)
     assert (row.part, row.images, row.side) == ("pipeline", 40, 16)

@@ -202,12 +202,13 @@ def test_a_stopped_child_does_not_stop_its_parent(data):
     with IsolatedDecoder(LIMITS, DecoderSettings(timeout_s=3)) as decoder:
         decoder.decode(GOOD[1])
         first = decoder.pid
+        child = psutil.Process(first)
         os.kill(first, signal.SIGSTOP)
         started = time.monotonic()
         assert np.array_equal(decoder.decode(data), decode_image(data, LIMITS))
         assert 3 <= time.monotonic() - started < 30
         assert decoder.pid != first
-        assert not psutil.pid_exists(first)
+        assert not psutil.wait_procs([child], timeout=30)[1]
 
 
 def test_a_child_that_died_between_images_costs_no_attempt(decoder):

@@ -130,6 +130,7 @@ def purify_here(source, bundle, doubt, target):
     return PurifyWithDoubt(options, str(doubt), str(target))(table)
 
 
+@pytest.mark.slow
 def test_the_column_of_a_run_is_that_of_the_stages(
     tmp_path, calibrated, shard, tiny_bundle, tiny_target, ray_local
 ):

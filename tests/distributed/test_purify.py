@@ -130,6 +130,7 @@ def test_a_second_run_does_nothing_and_a_changed_shard_is_redone(tmp_path, tiny_
     assert {name for name in names if name.startswith("b.")}.isdisjoint(stamps)
 
 
+@pytest.mark.slow
 def test_batch_size_actors_and_units_do_not_change_a_byte(tmp_path, tiny_bundle, ray_local):
     write_corpus(tmp_path / "a.parquet", 30)
     variants = [
@@ -319,6 +320,7 @@ def test_a_folder_of_photos_keeps_each_size(tmp_path, tiny_bundle, ray_local):
         assert pixels.shape == (height, width, 3)
 
 
+@pytest.mark.slow
 def test_tars_become_parquet_and_a_hostile_one_is_left_out(tmp_path, tiny_bundle, ray_local):
     table = pq.read_table(write_corpus(tmp_path / "a.parquet", 6)).to_pylist()
     (tmp_path / "in").mkdir()

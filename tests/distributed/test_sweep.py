@@ -264,6 +264,7 @@ def kill_when(command, environment, enough, log):
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_a_sweep_killed_twice_equals_an_uninterrupted_one(swept, parts, tmp_path):
     _, whole = swept
     run = settings(parts, tmp_path / "out")

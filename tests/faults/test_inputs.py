@@ -100,6 +100,7 @@ def test_shards_that_change_or_vanish_while_the_job_runs(start_purify, source, t
     assert "vanished" in job.told()
 
 
+@pytest.mark.slow
 def test_one_night_after_another(source, purify, tmp_path, ray_local, make_table):
     """Row 28 and the increments: nothing new, a touched shard, a changed, a new one, one that is gone."""
     output = tmp_path / "out"
