@@ -78,7 +78,7 @@ def submit(settings: SubmitSettings) -> dict[str, Any]:
         "ray": dashboard.ray_version,
     }
     if settings.detach:
-        name = _send(settings, dashboard, environment)
+        name = _send(settings, dashboard, environment, Asked())
         return {**summary, "submission": name, "status": "SUBMITTED", "attempts": 1}
     attempt = 1
     with asked_to_stop() as asked:
@@ -100,7 +100,7 @@ def submit(settings: SubmitSettings) -> dict[str, Any]:
 def _run_once(
     settings: SubmitSettings, dashboard: Dashboard, environment: dict[str, Any], asked: Asked
 ) -> str:
-    name = _send(settings, dashboard, environment)
+    name = _send(settings, dashboard, environment, asked)
     details = follow(dashboard.client, name, settings.stop_wait_s, asked)
     error = conclusion(details)
     if error is not None:
@@ -108,7 +108,7 @@ def _run_once(
     return name
 
 
-def _send(settings: SubmitSettings, dashboard: Dashboard, environment: dict[str, Any]) -> str:
+def _send(settings: SubmitSettings, dashboard: Dashboard, environment: dict[str, Any], asked: Asked) -> str:
     """Submit the job once and return its id; a dashboard that is busy is asked again."""
     stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
     name = f"acsr-{settings.job.replace('_', '-')}-{stamp}-{uuid.uuid4().hex[:6]}"
@@ -131,11 +131,12 @@ def _send(settings: SubmitSettings, dashboard: Dashboard, environment: dict[str,
             # A head that has just started, or has much to do, has no agent to take a job.
             if not isinstance(error, OSError) and "status code 5" not in str(error):
                 raise SubmitError(f"{dashboard.address} does not take the job: {error}") from None
-            if time.monotonic() > ends:
+            if time.monotonic() > ends or asked.is_made:
+                told = str(error).rstrip(". ")
                 raise JobInterruptedError(
-                    f"{dashboard.address} does not take the job now: {error}; submit it again"
+                    f"{dashboard.address} does not take the job now: {told}; submit it again"
                 ) from None
-            time.sleep(AGAIN_S)
+            asked.wait(AGAIN_S)
         else:
             break
     logger.info("submitted %s; `ray job stop %s` stops it from elsewhere", name, name)

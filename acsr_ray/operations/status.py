@@ -68,23 +68,27 @@ def output_status(settings: StatusSettings) -> dict[str, Any]:
             }
             for record in run_records(ledger.storage, SHOWN)
         ],
-        "unfinished": unfinished(ledger, snapshot, sizes.keys()),
+        "unfinished": unfinished(ledger, snapshot, sizes.keys(), under_way=under_way),
     }
 
 
-def unfinished(ledger: Ledger, snapshot: Snapshot, there: Iterable[str]) -> dict[str, Any]:
+def unfinished(
+    ledger: Ledger, snapshot: Snapshot, there: Iterable[str], *, under_way: bool = False
+) -> dict[str, Any]:
     """Return what a run would still do, or has left behind; only what there is.
 
     Args:
         ledger: of the output.
         snapshot: the current one.
         there: names of the files in `data/`.
+        under_way: whether a run is at work, whose progress says the rest.
     """
     listed, visible = snapshot.names(), {name for name in there if name.endswith(".parquet")}
     order = ledger.binding.retry_order()
     failed = {name: why for name, why in failed_units(ledger.storage).items() if name not in listed}
     found: dict[str, Any] = {
         "incomplete_shards": [name for name, entry in snapshot.shards.items() if not entry.complete],
+        "images_not_begun": 0 if under_way else _not_begun(read_object(ledger.storage, PROGRESS)),
         "refused_shards": dict(snapshot.refused),
         "failed_units": failed,
         "unlisted_units": len(visible - listed),
@@ -94,6 +98,14 @@ def unfinished(ledger: Ledger, snapshot: Snapshot, there: Iterable[str]) -> dict
         "retry": order.to_dict() if order is not None and order.is_open else None,
     }
     return {key: value for key, value in found.items() if value}
+
+
+def _not_begun(progress: Mapping[str, Any] | None) -> int:
+    """Return about how many images the last run still had before it, if it came to no end."""
+    if progress is None or progress.get("outcome") == "done":
+        return 0
+    expected, done = progress.get("images_expected"), progress.get("images_done")
+    return max(0, expected - done) if isinstance(expected, int) and isinstance(done, int) else 0
 
 
 def told_status(status: Mapping[str, Any]) -> str:

@@ -282,6 +282,17 @@ def test_a_busy_dashboard_is_asked_again(cluster, monkeypatch):
         submit.submit(settings(cluster))
 
 
+def test_who_leaves_does_not_wait_for_a_busy_dashboard(cluster, monkeypatch):
+    cluster.refusals = [BUSY] * 100
+    began = time.monotonic()
+    leaving = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
+    leaving.start()
+    with pytest.raises(JobInterruptedError, match="try again later; submit it again"):
+        submit.submit(settings(cluster, attempts=3))
+    leaving.join()
+    assert time.monotonic() - began < submit.BUSY_S / 2
+
+
 def test_a_lost_answer_is_no_second_job(cluster, monkeypatch):
     monkeypatch.setattr(submit, "AGAIN_S", 0.01)
     cluster.refusals = [

@@ -82,6 +82,18 @@ def test_what_is_left_to_do(options, source, stage):
     assert "unfinished   failed units: 1 (part-1.rows-0000004" in told_status(status(options))
 
 
+def test_what_a_stopped_run_had_not_begun_is_told(options, stage):
+    purify(options)
+    path = Path(options["output"]) / "_acsr/progress.json"
+    progress = json.loads(path.read_text())
+    assert (progress["outcome"], status(options)["unfinished"]) == ("done", {})
+    path.write_text(
+        json.dumps(progress | {"outcome": "stopped", "images_expected": 1800, "images_done": 200})
+    )
+    assert status(options)["unfinished"] == {"images_not_begun": 1600}
+    assert "unfinished   images not begun: 1600" in told_status(status(options))
+
+
 def test_what_failed_is_told_with_what_was_done(options, stage, capsys):
     stage.fails = lambda unit: "given_up" if (unit.relative, unit.first) == ("part-1", 4) else None
     flags = ["--input", options["input"], "--output", options["output"], "--bundle", options["bundle"]]
