@@ -100,7 +100,7 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
         ResourceError: a cluster that cannot be joined.
     """
     if settings.demo:
-        raise ConfigError("--demo is not planned: it takes three minutes on two idle cores")
+        raise ConfigError("--demo is not planned: it takes a few minutes")
     if not settings.input:
         # As the other verbs that know the output: with its own settings, those that were given apart.
         settings = completed(settings)

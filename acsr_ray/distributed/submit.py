@@ -19,7 +19,6 @@ logger = logging.getLogger(__name__)
 PROGRAM = "exec python -m acsr_ray.cli"
 """`exec`: signals and exit code are the driver's own, not those of a shell around it."""
 
-
 BUSY_S = 120.0
 """How long a dashboard that is busy is asked again to take a job."""
 AGAIN_S = 2.0

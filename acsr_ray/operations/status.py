@@ -101,8 +101,8 @@ def unfinished(
 
 
 def _not_begun(progress: Mapping[str, Any] | None) -> int:
-    """Return about how many images the last run still had before it, if it came to no end."""
-    if progress is None or progress.get("outcome") == "done":
+    """Return about how many images the last run still had before it, if it was stopped or killed."""
+    if progress is None or progress.get("outcome") not in ("stopped", "running"):
         return 0
     expected, done = progress.get("images_expected"), progress.get("images_done")
     return max(0, expected - done) if isinstance(expected, int) and isinstance(done, int) else 0

@@ -7,6 +7,8 @@ from typing import Any
 
 from acsr_ray.reporting.record import EarlierRuns, RunRecord, with_run
 
+_WHO = {"driver": "the driver", "worker": "a worker"}
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -52,9 +54,6 @@ def compare(record: RunRecord) -> list[Comparison]:
     spreads += [(f"memory of {_WHO[kind]}", memory.get(kind), done.memory_mib.get(kind)) for kind in _WHO]
     found = [_comparison(*spread) for spread in spreads]
     return [comparison for comparison in found if comparison is not None]
-
-
-_WHO = {"driver": "the driver", "worker": "a worker"}
 
 
 def done_of_plan(record: RunRecord) -> EarlierRuns:

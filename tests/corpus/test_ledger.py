@@ -165,6 +165,13 @@ def test_check_says_what_differs_inside_of_another_bundle(ledger):
     assert "name" not in str(error_info.value)
 
 
+def test_check_names_a_bundle_of_another_name_and_no_number_of_it(ledger):
+    ledger.claim({"bundle_digest": "abc"}, {"bundle": {"cbpdn": {"lmbda": 0.1}, "name": "a"}})
+    with pytest.raises(CorpusError, match=r"bundle\.name: 'a' -> 'b'") as error_info:
+        ledger.check({"bundle_digest": "abd"}, {"bundle": {"cbpdn": {"lmbda": 0.2}, "name": "b"}})
+    assert "lmbda" not in str(error_info.value)
+
+
 def test_check_tells_only_the_first_of_many_differences(ledger):
     ledger.claim({f"setting-{number:02d}": 0 for number in range(30)})
     with pytest.raises(CorpusError, match="and 18 more") as error_info:
@@ -281,8 +288,10 @@ def test_a_commit_that_was_interrupted_is_ended_by_the_next(ledger):
     snapshot = snapshot_of(receipt)
     # The snapshot is there, and nothing after it was done.
     ledger.storage.create("_acsr/snapshots/00000001.json", snapshot.to_json())
-    ledger.settle(ledger.snapshot())
-    assert ledger.published() == ledger.finished() == {new}
+    waiting = "b.rows-0000000-0000003.new.parquet"
+    ledger.publish(waiting, unit_table(), None, parked=True)
+    assert ledger.settle(ledger.snapshot()) == ({new}, {new, waiting})
+    assert (ledger.published(), ledger.finished()) == ({new}, {new, waiting})
 
 
 def test_nothing_private_but_quarantine_and_ready_looks_like_parquet(tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from acsr_ray.config import ResumableStop
 from acsr_ray.distributed import runtime, trainer
 from acsr_ray.distributed.runtime import RaySettings, ResourceError, check_task, share_resources
 from acsr_ray.distributed.trainer import place_workers
@@ -100,6 +101,28 @@ def test_all_stages_of_a_purification_fit_at_the_same_time(nodes, units, cluster
     assert 1 <= shares.codec_actors <= units
     assert pools + 2 * shares.codec_actors * shares.codec_cpus <= cpus
     assert min(shares.codec_cpus, shares.purify_cpus) > 0
+
+
+def test_the_log_says_who_does_what(cluster):
+    cluster((2, 0))
+    told = str(share_resources("auto", RaySettings(), 9))
+    assert told == "on cpu: 1 actors read, 2 encode and purify, 1 write"
+    cluster((8, 2))
+    assert "2 actors encode, 2 purify, " in str(share_resources("auto", RaySettings(), 9))
+
+
+@pytest.mark.parametrize(
+    ("told", "kind"), [("The current node timed out during startup.", ResumableStop), ("odd", RuntimeError)]
+)
+def test_a_local_ray_that_is_late_can_be_tried_again(monkeypatch, told, kind):
+    def late(*_, **__):
+        raise RuntimeError(told)
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(runtime.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(runtime.ray, "init", late)
+    with pytest.raises(kind), runtime.ray_session(RaySettings()):
+        pass
 
 
 def test_a_task_that_no_node_holds_is_refused(cluster):

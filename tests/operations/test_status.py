@@ -75,6 +75,8 @@ def test_what_is_left_to_do(options, source, stage):
     next((output / "data").glob("part-0*")).unlink()
     found = status(options)["unfinished"]
     assert found["incomplete_shards"] == ["part-1"]
+    # A unit that failed was begun, and is named below.
+    assert "images_not_begun" not in found
     assert [uri.rsplit("/", 1)[-1] for uri in found["refused_shards"]] == ["part-2.parquet"]
     assert list(found["failed_units"].values()) == ["as told"]
     assert found["unlisted_units"] == 1

@@ -1,6 +1,7 @@
 """What the charts say in words: the figures behind them."""
 
 import re
+from itertools import pairwise
 
 import pytest
 
@@ -19,6 +20,15 @@ def test_throughput_is_of_the_time_that_passed():
     assert rate == "2.5 images per second on average (dashed), 5 at most, in steps of 5 s."
     assert done == "50 images after 20 s."
     assert stages.endswith("40 s in all; most in a, 75.0 %.")
+
+
+def test_published_images_go_up_in_steps():
+    page = over_time(RunRecord(timeline=[(10, 20), (20, 40)]))
+    path = re.findall(r'class="curve" d="M([^"]*)"', page)[-1]
+    places = [tuple(map(float, place.split())) for place in path.split("L")]
+    # Level until a unit is there, then straight up.
+    assert all((x == u) or (y == v) for (x, y), (u, v) in pairwise(places))
+    assert len({y for _, y in places}) == 3
 
 
 @pytest.mark.parametrize("timeline", [(), [(5, 10)], [(0, 0), (0, 0)]])
