@@ -3,6 +3,7 @@
 import json
 import random
 import threading
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -90,6 +91,19 @@ def test_a_record_has_the_documented_keys_and_is_json():
     assert empty["images"] == 0
     assert (empty["batch_fill"], empty["plan"], empty["corpus"]) == (None, None, None)
     assert empty["timeline"][0] == (0.0, 0)
+
+
+def test_a_record_tells_the_cluster_and_the_largest_worker():
+    tally = RunTally()
+    for peak in (300.0, 900.5, 400.0):
+        tally.done(f"{peak}.parquet", replace(facts(1), peak_mib=peak))
+    tally.resources(2, 0)
+    tally.resources(8, 4)
+    record = tally.record(ABOUT, "done", "", None)
+    assert record["resources"] == {"cpus": 8, "gpus": 4}
+    assert record["memory_mib"]["worker"] == 900.5
+    # This process has numpy and Arrow in it, and is no cluster.
+    assert 50 < record["memory_mib"]["driver"] < 2**15
 
 
 def test_names_of_runs_sort_by_time_and_differ():
